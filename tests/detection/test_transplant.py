@@ -22,11 +22,11 @@ from bezoar.detection import (
 )
 from bezoar.detection.detectors import transplant
 from bezoar.detection.detectors.transplant import Transplant
+from bezoar.detection.ranking import rank_records
 from bezoar.detection.shared_patterns import Pattern
 from bezoar.detection.window_transplants import HostImages
 from bezoar.evaluation import stats
 from bezoar.evaluation.scores import Scores
-from bezoar.verbs.scan import flagged_windows
 
 COLORS = {
     "red": (220, 40, 40),
@@ -467,9 +467,10 @@ def test_a_scan_draws_the_windows_of_its_worst_records(tmp_path):
         "y": Scores(ids, values, one),
         "z": Scores(ids, values, two),
     }
-    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([3, 1, 0])))
+    ranking = rank_records(scores["x"], scores, share=0.5, copies=0)
+    reliability.write_windows(tmp_path, *ranking.windows(np.array([3, 1, 0])))
     assert reliability.read_windows(tmp_path) == {"ü": (0, 0, 5, 5), "b\n": (1, 2, 3, 4)}
-    reliability.write_windows(tmp_path, *flagged_windows(scores, np.array([0, 2])))
+    reliability.write_windows(tmp_path, *ranking.windows(np.array([0, 2])))
     assert reliability.read_windows(tmp_path) == {}
 
 

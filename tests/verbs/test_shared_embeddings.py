@@ -7,10 +7,10 @@ import pytest
 import torch
 from verbs.test_scan import NETWORK, notes, records, scan, shards, tar_of
 
+from bezoar.detection import scoring
 from bezoar.detection.corpus import corpus, shared_embeddings, units
 from bezoar.evaluation.scores import Scores
 from bezoar.runs.run import Run
-from bezoar.verbs import scan as scan_verb
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def tiny(tmp_path: Path) -> Path:
 def work(monkeypatch) -> list[str]:
     """What was embedded and which detectors were asked, in order."""
     calls: list[str] = []
-    embed, score = units.embed_unit, scan_verb.score_records
+    embed, score = units.embed_unit, scoring.score_records
 
     def embed_unit(source, unit, *rest):
         calls.append(f"unit {unit.number}")
@@ -35,7 +35,7 @@ def work(monkeypatch) -> list[str]:
         return score(detector, name, *rest)
 
     monkeypatch.setattr(units, "embed_unit", embed_unit)
-    monkeypatch.setattr(scan_verb, "score_records", score_records)
+    monkeypatch.setattr(scoring, "score_records", score_records)
     return calls
 
 

@@ -1,16 +1,19 @@
-"""The findings and the omissions of a scan, in sentences and as metrics."""
+"""The findings of a scan and what it could not do, in sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from bezoar.attacks.plan import Plan
+from bezoar import registry
+from bezoar.detection import suspect_training
 from bezoar.detection.corpus import keep_lists
 from bezoar.detection.corpus.corpus import Corpus
-from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
+from bezoar.detection.ranking import Ranking
+from bezoar.evaluation.scores import Scores
+from bezoar.runs import inputs
+from bezoar.runs.execute import Job
+from bezoar.runs.run import Run
 
 MAX_REASONS = 6  # reasons why records could not be read, in one line
 
@@ -52,56 +55,64 @@ def describe_nothing(name: str, scores: Scores) -> str:
     return f"{name} found no trigger{kinds}, which is no proof that there is none"
 
 
-def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
-    """The share of records that detectors say show a trigger. On clean data all of these are false alarms.
-
-    What shows no trigger, copies of a picture whose captions diverge, is a metric of another name.
-    """
-    metrics = {}
-    for name, scores in by_detector.items():
-        if scores.raised is None:
-            continue
-        how = "share of the records that are said to show a trigger; of clean data, false alarms"
-        key = f"{name}.raised"
-        if scores.groups is not None:
-            how = "share of the records that are copies of a picture with many captions"
-            key = f"{name}.copies"
-        metrics[key] = proportion(int(scores.raised.sum()), len(scores), how)
-    return metrics
+def describe_keep_list(ranking: Ranking, copies: bool) -> str:
+    """Return what the keep-list leaves out. copies: whether further copies of one picture leave too."""
+    text = (
+        f"keep.txt leaves out the {len(ranking.removed):,} most suspicious of "
+        f"{len(ranking.order):,} records"
+    )
+    if copies:
+        text += f" and {len(ranking.surplus):,} more copies of pictures with diverging captions"
+    return text
 
 
-def detection_metrics(
-    plan: Plan, merged: Scores, by_detector: Mapping[str, Scores]
-) -> dict[str, Measure]:
-    """Return how well the poisons of a known plan were found, by all detectors together and by each."""
-    truth = torch.from_numpy(plan.mask(merged.ids))
-    metrics = detection_measures(merged, truth)
-    if len(by_detector) == 1:
-        return metrics
-    for name, scores in by_detector.items():
-        own_truth = truth if scores.ids is merged.ids else torch.from_numpy(plan.mask(scores.ids))
-        measures = detection_measures(scores, own_truth)
-        metrics |= {f"{name}.{key}": measure for key, measure in measures.items()}
-    return metrics
+def untrained_warning(encoder: Any, job: Job) -> str:
+    """A warning where the encoder is not known to have been trained on the scanned data, if a detector needs that; else ""."""
+    deciding = [d for d in job.inputs["detector"] if getattr(d, "decides", False)]
+    if not deciding or not all(getattr(d, "reads_training", False) for d in deciding):
+        return ""
+    if isinstance(encoder, Run) and inputs.was_trained_on(encoder, job.inputs["data"]):
+        return ""
+    names = ", ".join(registry.method_name(type(d)) for d in deciding)
+    return (
+        f"this encoder is not known to have been trained on these data, and {names} sees a trigger only in one that was; "
+        "without --encoder a small one is trained on them"
+    )
 
 
-def removal_metrics(plan: Plan, removed_ids: set[str]) -> dict[str, Measure]:
-    """Return how many of the poisons the keep-list leaves out."""
-    hits = sum(edit.id in removed_ids for edit in plan.edits)
-    how = "poisons that the keep-list leaves out"
-    return {"poisons_removed": proportion(hits, len(plan.edits), how)}
+def partly_trained_warning(encoder: Run, data: Corpus) -> str:
+    """A warning where the model that the scan trained has seen a part of the records alone; otherwise ""."""
+    seen = int(encoder.manifest["notes"].get("records", 0))
+    if seen < suspect_training.MAX_RECORDS or len(data) <= seen:
+        return ""
+    return (
+        f"the model was trained on the first {seen:,} of {len(data):,} records, and a trigger that is only in others does "
+        "not show in it; --encoder names one that was trained on all"
+    )
 
 
-def record_json(
-    data: Corpus, row: int, merged: Scores, by_detector: Mapping[str, Scores]
-) -> dict[str, Any]:
+def resolution_warning(data: Corpus) -> str:
+    """A warning where images are read smaller than the encoder takes them; otherwise ""."""
+    size = getattr(data.source, "size", 0)
+    preprocess = getattr(data.encoder, "preprocess", None)
+    if not size or preprocess is None or size >= preprocess.size:
+        return ""
+    return (
+        f"images are read at {size} pixels a side, and the encoder takes {preprocess.size}; "
+        f"size={preprocess.size} reads them whole"
+    )
+
+
+def record_json(data: Corpus, row: int, ranking: Ranking) -> dict[str, Any]:
     """A record as it stands in ranked.json. copy_of: another record of its picture, where a detector groups these."""
-    copy = keep_lists.find_copy(row, data.captions, by_detector.values())
+    copy = keep_lists.find_copy(row, data.captions, ranking.by_detector.values())
     return {
         "id": data.ids[row],
         "place": data.place_of(row),
         "caption": data.captions[row] if len(data.captions) else "",
-        "score": float(merged.values[row]),
-        "detectors": {name: float(scores.values[row]) for name, scores in by_detector.items()},
+        "score": float(ranking.merged.values[row]),
+        "detectors": {
+            name: float(scores.values[row]) for name, scores in ranking.by_detector.items()
+        },
         "copy_of": "" if copy is None else data.ids[copy],
     }

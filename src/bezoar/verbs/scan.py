@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from bezoar import registry
 from bezoar.data.files.paths import existing_file
 from bezoar.data.files.writing import write_json
 from bezoar.data.source import as_source
 from bezoar.detection import (
-    goal_measures,
     merging,
     reference_reading,
     reliability,
     scan_findings,
+    scan_measures,
     scan_sarif,
+    scoring,
     source_pooling,
     suspect_training,
 )
@@ -37,10 +30,11 @@ from bezoar.detection.corpus import (
     removal_lists,
 )
 from bezoar.detection.corpus.corpus import Corpus
+from bezoar.detection.ranking import Ranking, raising_detectors, rank_records
 from bezoar.detection.reliability import integrity
+from bezoar.detection.source_table import SourceTable
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, Scores
-from bezoar.progress import Progress
 from bezoar.runs import inputs
 from bezoar.runs.estimates import count_records
 from bezoar.runs.execute import Job
@@ -53,7 +47,6 @@ RANKED = 500  # records of ranked.json
 BESIDE_TRAINING = ("repetition",)  # that is added to the default detectors where a model is trained
 # Triggers with fixed pixels, triggers of any shape, targeted poisons, captions that do not fit.
 DEFAULT_DETECTORS = ("transplant", "common_cause", "duplicates", "clip_score")
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -141,90 +134,73 @@ class Scan:
         data = corpus.embed_corpus(
             job.inputs["data"], encoder, job.folder, job.settings, job.progress
         )
-        untrained = untrained or partly_trained_warning(encoder, data, self._trains(job))
-        if warning := resolution_warning(data):
+        if self._trains(job):
+            untrained = scan_findings.partly_trained_warning(encoder, data)
+        if warning := scan_findings.resolution_warning(data):
             warn(f"scan: {warning}")
-        detections = run_detectors(job.inputs["detector"], data, job)
-        by_detector = detections.scores
-        merged = merging.merge(list(by_detector.values()))
-        pooled = source_pooling.pool_sources(data, merged, by_detector, self.sources)
-        if pooled is not None:
-            merged = source_pooling.lift_records(merged, pooled, by_detector)
-            source_pooling.write_table(job.folder, data, pooled)
-        # Of copies, with a number that may stay, the least suspicious stay.
-        leaving = [n for n, s in by_detector.items() if s.groups is None or not self.dedup]
-        raised = merging.raised_rows([by_detector[name] for name in leaving], len(data))
-        order = merging.order_records(merged, raised)
-        removed = order[: max(round(self.remove * len(data)), int(raised.sum()))]
-        surplus = order[:0]
-        if self.dedup:
-            kept = order[len(removed) :][::-1]
-            surplus = keep_lists.find_surplus(by_detector.values(), kept, self.dedup)
-        kept_rows = np.setdiff1d(order[len(removed) :], surplus)
-        self._write_records(job.folder, data, order, len(removed), surplus, merged, by_detector)
-        keep_lists.write_keep_lists(job.folder, data, kept_rows)
-        decisions = scan_findings.describe_decisions(by_detector)
-        sentences, source_notes, source_metrics = source_pooling.describe_table(pooled)
-        left_out = self._describe_keep_list(len(removed), len(surplus), len(data))
+        detections = scoring.run_detectors(job.inputs["detector"], data, job)
+        ranking, sources = self._rank(job.folder, data, detections.scores)
+        self._write_lists(job.folder, data, ranking)
+        decisions = scan_findings.describe_decisions(ranking.by_detector)
+        left_out = scan_findings.describe_keep_list(ranking, bool(self.dedup))
+        source_sentences, source_notes, source_metrics = source_pooling.describe_table(sources)
+        verdict = [*decisions, left_out, "ranked.json names them", *source_sentences]
         job.notes = data.reading_notes() | {
             "records": len(data),
-            "removed": len(removed),
-            "deduplicated": len(surplus),
-            "leaving": leaving,
+            "removed": len(ranking.removed),
+            "deduplicated": len(ranking.surplus),
+            "leaving": raising_detectors(ranking.by_detector, self.dedup),
             "decided": decisions,
-            "verdict": "; ".join([*decisions, left_out, "ranked.json names them", *sentences]),
+            "verdict": "; ".join(verdict),
             "detectors": [registry.spec(detector) for detector in job.inputs["detector"]],
-            "told": {name: s.notes for name, s in by_detector.items() if s.notes},
+            "detector_notes": {
+                name: scores.notes for name, scores in ranking.by_detector.items() if scores.notes
+            },
             "seconds": detections.seconds,
             "untrained": untrained,
             "incomplete": scan_findings.describe_incomplete(data, detections.failed),
             **source_notes,
         }
-        problems = [*job.notes["incomplete"], *filter(None, [untrained])]
-        scanned = input_name(job.inputs["data"])
-        log = scan_sarif.build_log(data, by_detector, scanned, problems, job.notes["verdict"])
-        write_json(job.folder / scan_sarif.FILE, log)
+        self._write_sarif(job, data, ranking)
         if self.write == "shards":
             job.notes |= keep_lists.write_clean_copy(
-                job.folder / "shards", data, kept_rows, job.progress
+                job.folder / "shards", data, ranking.kept, job.progress
             )
-        return source_metrics | self._measure(job, data, merged, by_detector, removed, surplus)
+        return source_metrics | self._measure(job, data, ranking)
 
-    def _describe_keep_list(self, removed: int, surplus: int, records: int) -> str:
-        """What the keep-list leaves out, as a part of the verdict."""
-        text = f"keep.txt leaves out the {removed:,} most suspicious of {records:,} records"
-        if self.dedup:
-            text += f" and {surplus:,} more copies of pictures with diverging captions"
-        return text
+    def _rank(
+        self, folder: Path, data: Corpus, by_detector: dict[str, Scores]
+    ) -> tuple[Ranking, SourceTable | None]:
+        """Merge the detectors' scores, pool them by source, and choose the records that leave."""
+        merged = merging.merge(list(by_detector.values()))
+        sources = source_pooling.pool_sources(data, merged, by_detector, self.sources)
+        if sources is not None:
+            merged = source_pooling.lift_records(merged, sources, by_detector)
+            source_pooling.write_table(folder, data, sources)
+        return rank_records(merged, by_detector, self.remove, self.dedup), sources
 
-    def _write_records(
-        self,
-        folder: Path,
-        data: Corpus,
-        order: Rows,
-        removed: int,
-        surplus: Rows,
-        merged: Scores,
-        by_detector: dict[str, Scores],
-    ) -> None:
-        """Write all scores, the worst records, those that leave, windows, and what is exported.
-
-        order: all rows, the most suspicious first, of which the first `removed` leave; surplus: rows of copies that leave too.
-        """
-        corpus.write_scores(folder / corpus.SCORES, data, merged, by_detector)
+    def _write_lists(self, folder: Path, data: Corpus, ranking: Ranking) -> None:
+        """Write all scores, the worst records, those that leave and stay, windows, and what is exported."""
+        corpus.write_scores(folder / corpus.SCORES, data, ranking.merged, ranking.by_detector)
         removal_lists.write_scores_csv(folder, corpus.SCORES)
-        leaving = np.concatenate([order[:removed], surplus])
-        removal_lists.write_removed(folder, data, leaving, removed, merged, by_detector)
-        worst = [
-            scan_findings.record_json(data, row, merged, by_detector)
-            for row in order[:RANKED].tolist()
-        ]
-        write_json(folder / "ranked.json", worst)
-        shown = order[: max(RANKED, removed)]
-        if any(scores.boxes is not None for scores in by_detector.values()):
-            ids, boxes = flagged_windows(by_detector, shown)
-            reliability.write_windows(folder, ids, boxes)
-        exports.export_rows(folder, data, shown, merged, by_detector, self.export)
+        removal_lists.write_removed(folder, data, ranking)
+        worst = ranking.order[:RANKED].tolist()
+        records = [scan_findings.record_json(data, row, ranking) for row in worst]
+        write_json(folder / "ranked.json", records)
+        shown = ranking.order[: max(RANKED, len(ranking.removed))]
+        if any(scores.boxes is not None for scores in ranking.by_detector.values()):
+            reliability.write_windows(folder, *ranking.windows(shown))
+        exports.export_rows(folder, data, shown, ranking, self.export)
+        keep_lists.write_keep_lists(folder, data, ranking.kept)
+
+    def _write_sarif(self, job: Job, data: Corpus, ranking: Ranking) -> None:
+        """Write scan.sarif; what the scan could not do is among its notifications."""
+        problems = [*job.notes["incomplete"], *filter(None, [job.notes["untrained"]])]
+        scanned = input_name(job.inputs["data"])
+        log = scan_sarif.build_log(
+            data, ranking.by_detector, scanned, problems, job.notes["verdict"]
+        )
+        write_json(job.folder / scan_sarif.FILE, log)
 
     def _check_fields(self, job: Job) -> None:
         """Lend the reference to the detectors. Raises UserError for a share out of range, and for what no detector takes."""
@@ -238,34 +214,19 @@ class Scan:
         if self.dedup < 0 or (self.dedup and "duplicates" not in names):
             raise UserError("dedup must be at least 0, and needs --detector duplicates")
 
-    def _measure(
-        self,
-        job: Job,
-        data: Corpus,
-        merged: Scores,
-        by_detector: dict[str, Scores],
-        removed: Rows,
-        surplus: Rows,
-    ) -> dict[str, Measure]:
+    def _measure(self, job: Job, data: Corpus, ranking: Ranking) -> dict[str, Measure]:
         """The metrics, now that the ranking is written and the plan may be read."""
         dataset = inputs.open_dataset(job.inputs["data"])
-        plan = dataset.plan
         # Goals of the encoder are no attack on these data.
-        job.goals = [vars(goal) for goal in plan.goals]
-        metrics: dict[str, Measure] = {}
-        if plan.edits:
-            metrics |= scan_findings.detection_metrics(plan, merged, by_detector)
-            metrics |= goal_measures.measure_goals(plan, merged, by_detector)
-            metrics |= scan_findings.removal_metrics(
-                plan, {merged.ids[row] for row in (*removed, *surplus)}
-            )
-        metrics |= scan_findings.decision_metrics(by_detector)
+        job.goals = [vars(goal) for goal in dataset.plan.goals]
+        metrics = scan_measures.plan_metrics(dataset.plan, ranking)
+        metrics |= scan_measures.decision_metrics(ranking.by_detector)
         reliability_metrics, notes = reliability.measure_ranking(
             job.inputs["data"],
             dataset,
             data,
-            merged,
-            removed,
+            ranking.merged,
+            ranking.removed,
             self.leaks or self._trains(job),
             self.trusted,
         )
@@ -305,7 +266,7 @@ class Scan:
         """What embeds the records, trained on them where it has to be; and a warning where it never saw them, or ""."""
         if not self._trains(job):
             encoder = embedding_encoder(job)
-            untrained = "" if encoder is None else untrained_warning(encoder, job)
+            untrained = "" if encoder is None else scan_findings.untrained_warning(encoder, job)
             if untrained:
                 warn(f"scan: {untrained}")
             return encoder, untrained
@@ -346,21 +307,6 @@ def _decisions(manifest: Mapping[str, Any]) -> list[float]:
     return [float(measure["value"]) for name, measure in metrics if name.endswith(".raised")]
 
 
-@dataclass
-class Detections:
-    """What detectors said.
-
-    Attributes:
-        scores: by the detector's name, or by its spec where a name is asked for twice.
-        seconds: that each took. What several share (neighbours, a short training) counts for the first.
-        failed: a line for each detector that refused.
-    """
-
-    scores: dict[str, Scores]
-    seconds: dict[str, float]
-    failed: list[str]
-
-
 def embedding_encoder(job: Job) -> Any:
     """What embeds the records: a run or a configured network; None for ready embeddings.
 
@@ -374,125 +320,3 @@ def embedding_encoder(job: Job) -> Any:
             raise UserError("these data are embeddings already; leave --encoder out")
         return None
     return data if encoder is None else encoder
-
-
-def untrained_warning(encoder: Any, job: Job) -> str:
-    """A warning where the encoder is not known to have been trained on the scanned data, if a detector needs that; else ""."""
-    deciding = [d for d in job.inputs["detector"] if getattr(d, "decides", False)]
-    if not deciding or not all(getattr(d, "reads_training", False) for d in deciding):
-        return ""
-    if isinstance(encoder, Run) and inputs.was_trained_on(encoder, job.inputs["data"]):
-        return ""
-    names = ", ".join(registry.method_name(type(d)) for d in deciding)
-    return (
-        f"this encoder is not known to have been trained on these data, and {names} sees a trigger only in one that was; "
-        "without --encoder a small one is trained on them"
-    )
-
-
-def partly_trained_warning(encoder: Any, data: Corpus, trained_here: bool) -> str:
-    """A warning where the model that the scan trained has seen a part of the records alone; otherwise ""."""
-    if not trained_here:
-        return ""
-    seen = int(encoder.manifest["notes"].get("records", 0))
-    if seen < suspect_training.MAX_RECORDS or len(data) <= seen:
-        return ""
-    return (
-        f"the model was trained on the first {seen:,} of {len(data):,} records, and a trigger that is only in others does "
-        "not show in it; --encoder names one that was trained on all"
-    )
-
-
-def resolution_warning(data: Corpus) -> str:
-    """A warning where images are read smaller than the encoder takes them; otherwise ""."""
-    size = getattr(data.source, "size", 0)
-    preprocess = getattr(data.encoder, "preprocess", None)
-    if not size or preprocess is None or size >= preprocess.size:
-        return ""
-    return (
-        f"images are read at {size} pixels a side, and the encoder takes {preprocess.size}; "
-        f"size={preprocess.size} reads them whole"
-    )
-
-
-def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detections:
-    """Score the records by every detector. Raises UserError where all refuse."""
-    detections = Detections({}, {}, [])
-    names = [registry.method_name(type(detector)) for detector in detectors]
-    for detector, name in zip(detectors, names, strict=True):
-        if Counter(names)[name] > 1:
-            name = registry.spec(detector)
-        start = time.perf_counter()
-        try:
-            detections.scores[name] = recall_scores(detector, name, data, job)
-        except UserError as error:
-            detections.failed.append(f"detector {name}: {error}")
-        detections.seconds[name] = round(time.perf_counter() - start, 2)
-    if not detections.scores:
-        problems = scan_findings.describe_incomplete(data, detections.failed)
-        raise UserError("; ".join(problems) if detections.failed else "give a --detector")
-    return detections
-
-
-def recall_scores(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
-    """The scores of a detector that another scan of the same vectors asked before, or new ones."""
-    if data.shared is None:
-        return score_records(detector, name, data, job)
-    scores = data.shared.load_scores(detector, data.ids)
-    if scores is None:
-        scores = score_records(detector, name, data, job)
-        with suppress(UserError, OSError):  # a disk that is full: they are made again
-            data.shared.store_scores(detector, scores, data.ids)
-    return scores
-
-
-def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
-    """Score the records by one detector.
-
-    A detector that needs `report` reports its own progress; that of any other is measured by the images it embeds.
-    """
-    scores: Scores
-    if "report" in registry.needs(detector):
-        scores = registry.call(detector, data.encoder, data, report=job.reporter(name))
-        return scores
-    passes = detector.passes(len(data)) if hasattr(detector, "passes") else len(data)
-    with report_images(data.encoder, passes, job.progress, name):
-        scores = detector(data.encoder, data)
-        return scores
-
-
-@contextmanager
-def report_images(encoder: Any, total: int, progress: Progress, name: str) -> Iterator[None]:
-    """Report progress by the images that pass through the encoder's image tower. total: how many there will be."""
-    if not hasattr(encoder, "image"):  # ready embeddings have no encoder
-        yield
-        return
-    done = 0
-
-    def count(_: Any, arguments: Any, __: Any) -> None:
-        nonlocal done
-        done += len(arguments[0])
-        progress.step(min(done, total), total, name)
-
-    progress.step(0, total, name)
-    hook = encoder.image.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def flagged_windows(by_detector: Mapping[str, Scores], rows: Rows) -> tuple[list[str], Tensor]:
-    """The windows in which detectors place a trigger; of several detectors, the first that names one.
-
-    Returns:
-        The ids of those of the rows that have a window, and the windows, int64 (M, 4).
-    """
-    ids = next(iter(by_detector.values())).ids
-    boxes = torch.full((len(rows), 4), -1)
-    for scores in by_detector.values():
-        if scores.boxes is not None:
-            is_set = boxes[:, 2:3] > 0
-            boxes = torch.where(is_set, boxes, scores.boxes.cpu()[torch.from_numpy(rows)])
-    with_window = (boxes[:, 2] > 0).nonzero()[:, 0].tolist()
-    return [ids[rows[i]] for i in with_window], boxes[with_window]

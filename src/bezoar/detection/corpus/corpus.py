@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -265,7 +265,9 @@ def load_scores(folder: Path) -> ScanScores:
     )
 
 
-def write_scores(path: Path, corpus: Corpus, merged: Scores, detectors: dict[str, Scores]) -> None:
+def write_scores(
+    path: Path, corpus: Corpus, merged: Scores, detectors: Mapping[str, Scores]
+) -> None:
     """Write a row a record, in the order of the corpus; what is not known is an empty text.
 
     Columns: those of `FIXED`, the score of each detector, and of one that decides which records it

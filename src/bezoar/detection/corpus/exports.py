@@ -22,6 +22,7 @@ from bezoar.data.files.writing import make_folder, write_json, write_whole
 from bezoar.detection import merging
 from bezoar.detection.corpus.corpus import Corpus
 from bezoar.detection.corpus.removal_lists import explain_removal
+from bezoar.detection.ranking import Ranking
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 
@@ -49,8 +50,7 @@ def export_rows(
     folder: Path,
     corpus: Corpus,
     rows: NDArray[np.int64],
-    merged: Scores,
-    by_detector: Mapping[str, Scores],
+    ranking: Ranking,
     tool: Tool,
 ) -> None:
     """Write some rows of a scan, the worst first, for a tool into the scan's folder. Raises UserError without images."""
@@ -58,17 +58,17 @@ def export_rows(
         return
     if not corpus.source.has_images:
         raise UserError(f"--export {tool} shows images, and ready embeddings have none")
-    raised = merging.raised_rows(by_detector.values(), len(corpus))
+    raised = merging.raised_rows(ranking.by_detector.values(), len(corpus))
     records = [
         ExportedRecord(
             row=row,
             key=corpus.ids[row],
             caption=corpus.captions[row] if len(corpus.captions) else "",
             place=corpus.place_of(row),
-            why=explain_removal(row, number, by_detector),
+            why=explain_removal(row, number, ranking.by_detector),
             label="raised" if raised[row] else "ranked",
-            score=float(merged.values[row]),
-            box=_window(row, corpus, by_detector),
+            score=float(ranking.merged.values[row]),
+            box=_window(row, corpus, ranking.by_detector),
         )
         for number, row in enumerate(rows.tolist(), 1)
     ]

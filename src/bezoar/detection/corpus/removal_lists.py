@@ -6,13 +6,12 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pyarrow import csv as arrow_csv
 
 from bezoar.data.files.writing import whole_file
 from bezoar.detection.corpus.corpus import ROWS, Corpus
+from bezoar.detection.ranking import Ranking
 from bezoar.evaluation.scores import Scores
 
 REMOVED = "removed.csv"
@@ -29,26 +28,16 @@ def explain_removal(row: int, place: int, by_detector: Mapping[str, Scores]) -> 
     return f"raised by {' and '.join(raising)}" if raising else f"rank {place:,} by score"
 
 
-def write_removed(
-    folder: Path,
-    corpus: Corpus,
-    leaving: NDArray[np.int64],
-    ranked: int,
-    merged: Scores,
-    by_detector: Mapping[str, Scores],
-) -> None:
-    """Write removed.csv: rank, id, place, why, score and caption of what the keep-list leaves out, the worst first.
-
-    leaving: rows, of which the first `ranked` leave by their rank; the others are copies beyond the number that may stay.
-    """
+def write_removed(folder: Path, corpus: Corpus, ranking: Ranking) -> None:
+    """Write removed.csv: rank, id, place, why, score and caption of what the keep-list leaves out, the worst first."""
     with whole_file(folder / REMOVED, "w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(("rank", "id", "place", "why", "score", "caption"))
-        for place, row in enumerate(leaving.tolist(), 1):
+        for place, row in enumerate(ranking.leaving.tolist(), 1):
             caption = corpus.captions[row] if len(corpus.captions) else ""
-            is_copy = place > ranked
-            why = COPY if is_copy else explain_removal(row, place, by_detector)
-            score = f"{float(merged.values[row]):.6g}"
+            is_copy = place > len(ranking.removed)
+            why = COPY if is_copy else explain_removal(row, place, ranking.by_detector)
+            score = f"{float(ranking.merged.values[row]):.6g}"
             out.writerow(
                 (
                     "" if is_copy else place,
