@@ -301,6 +301,8 @@ def test_clusters_need_like_windows_on_different_pictures():
         torch.equal(one.pattern.pixels, windows[one.rows[0]].float())
         or one.pattern.stable.mean() >= 0.7
     )
+    pictures[:8] = pictures[0]
+    assert len(clusters()) == 1  # two pictures, one of them eight times
     pictures[:9] = pictures[0]
     assert len(clusters()) == 1  # one picture nine times
 
@@ -310,7 +312,8 @@ def test_a_pattern_is_found_where_it_is():
     steady = (torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(4)) < 0.7).float()
     images[3, :, 11:17, 2:8] = pattern[1].to(torch.uint8)
     patterns = [Pattern(*parts) for parts in zip(pattern, steady, strict=True)]
-    value, corner = shared_patterns.find_patterns(images, patterns)
+    matches = shared_patterns.find_patterns(images, patterns)
+    value, corner = matches.correlation, matches.corners
     for i, t in itertools.product(range(5), range(2)):
         mask = steady[t, 0].bool().numpy()
         wide = np.pad(images[i].numpy(), ((0, 0), (3, 3), (3, 3)), "edge")
@@ -323,11 +326,28 @@ def test_a_pattern_is_found_where_it_is():
         }
         assert float(value[i, t]) == pytest.approx(max(at.values()), abs=1e-4)
         assert corner[i, t].tolist() == np.clip(np.array(max(at, key=at.get)) - 3, 0, 14).tolist()
+        least = min(
+            float(np.sqrt(np.mean(np.square((window - pattern[t].numpy())[:, mask]))))
+            for window in (wide[:, y : y + 6, x : x + 6] for y, x in at)
+        )
+        assert float(matches.difference[i, t]) == pytest.approx(least, abs=0.05)
     assert float(value[3, 1]) > 0.999 and corner[3, 1].tolist() == [11, 2]
-    flat, _ = shared_patterns.find_patterns(
-        torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), patterns
-    )
-    assert float(flat.abs().max()) < 1e-3
+    flat = shared_patterns.find_patterns(torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), patterns)
+    assert float(flat.correlation.abs().max()) < 1e-3
+
+
+def test_a_patch_of_one_colour_stands_out_by_its_pixels_and_not_by_its_contrasts():
+    g = torch.Generator().manual_seed(2)
+    strength = 0.5 * torch.rand(300, 1, 1, 1, generator=g)  # of natural windows of the same hue
+    strength[:20] = 1
+    colour = torch.tensor([255.0, 0, 255]).view(3, 1, 1)
+    images = 127.5 + (colour - 127.5) * strength + 8 * torch.randn(300, 3, 16, 16, generator=g)
+    images[:20, :, 4:12, 4:12] = colour
+    patch = Pattern(colour.expand(3, 6, 6).clone(), torch.ones(1, 6, 6))
+    matches = shared_patterns.find_patterns(images.clamp(0, 255).to(torch.uint8), [patch])
+    for values, is_apart in ((matches.correlation, False), (-matches.difference, True)):
+        standout = trigger_candidates.standout_share(values[:, 0], values[:20, 0].median())
+        assert (standout >= trigger_candidates.MIN_WINDOW_STANDOUT) == is_apart, standout
 
 
 def test_a_part_of_a_pattern_leads_to_all_of_it():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from bezoar.data.decoding import (
     decode_records,
     describe_failure,
 )
+from bezoar.data.files.images import read_shorter_side
 from bezoar.data.files.paths import read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.pairs import Pairs
@@ -83,6 +86,15 @@ class RecordStream(Source):
         """Prepare a pass over the source, and return the report that the pass is to fill."""
         self._report = ReadReport()
         return self._report
+
+    def usual_side(self, count: int = 32) -> int | None:
+        """Return the median of the shorter sides of the first images; None where none can be read."""
+        sides = []
+        for record in itertools.islice(self.records(), count):
+            if isinstance(record, Record):
+                with contextlib.suppress(Unreadable):
+                    sides.append(read_shorter_side(record.image))
+        return int(median(sides)) if sides else None
 
     def __len__(self) -> int:
         """Return how many records `batches` yields; costs a pass that decodes everything."""

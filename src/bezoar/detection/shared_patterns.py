@@ -14,6 +14,7 @@ from torch import Tensor
 from bezoar.detection.window_transplants import batch_slices, crop_windows
 
 CORRELATION_VALUES = 1 << 22  # values of one block of cross-correlations
+COPY = 0.999  # cosine of thumbnails above which two records show one picture
 TEXTURE_VALUES = 1 << 23  # pixel values of the images whose texture is held at a time
 MAX_DETAIL = 40  # of 255: stronger detail is cut, so that edges do not drown what is faint
 
@@ -77,14 +78,14 @@ def cluster_windows(
         min_shift_cosine: Of the shifts of two windows that agree.
         min_correlation: Of their pixels, at the best offset.
         max_picture_cosine: Of their pictures; above it, both come from one picture.
-        min_size: Windows of a cluster.
+        min_size: Windows of a cluster, those of exact copies of one picture counted once.
 
     Returns:
         The clusters, the largest first.
     """
     directions = F.normalize(shifts, dim=1)
-    similar = directions @ directions.T > min_shift_cosine
-    similar &= pictures @ pictures.T < max_picture_cosine
+    likeness = pictures @ pictures.T
+    similar = (directions @ directions.T > min_shift_cosine) & (likeness < max_picture_cosine)
     first, second = similar.triu(1).nonzero(as_tuple=True)
     correlation, offset = best_correlation(windows, first, second)
     alike = correlation > min_correlation
@@ -106,7 +107,10 @@ def cluster_windows(
             windows[i].float().roll(offsets[centre, i].tolist(), (1, 2)) for i in rows.tolist()
         ]
         direction = F.normalize(directions[rows].mean(0), dim=0)
-        clusters.append(WindowCluster(rows, direction, Pattern.median(torch.stack(aligned))))
+        is_copy = (likeness[rows][:, rows] > COPY).tril(-1).any(1)
+        if int((~is_copy).sum()) >= min_size:
+            pattern = Pattern.median(torch.stack(aligned))
+            clusters.append(WindowCluster(rows, direction, pattern))
         agree[rows] = agree[:, rows] = False
 
 
@@ -140,38 +144,50 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
     return torch.cat(best), torch.stack([at // size[1], at % size[1]], 1)
 
 
-def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> tuple[Tensor, Tensor]:
-    """Return where each image is most like each pattern, by normalised cross-correlation over the stable
-    pixels.
+@dataclass(frozen=True)
+class Matches:
+    """Where N images are most like T patterns.
 
-    A pattern may stick out of the image by half its size and then matches the repeated border; its
-    corner is that of the nearest window inside. Flat regions count as unlike.
+    correlation: (N, T), the largest, -1..1. corners: int64 (N, T, 2), where it lies. difference:
+    (N, T), the least root mean square difference at any place, in grey levels.
+    """
+
+    correlation: Tensor
+    corners: Tensor
+    difference: Tensor
+
+
+def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> Matches:
+    """Find where each image is most like each pattern, comparing the stable pixels.
+
+    By normalised cross-correlation, for which flat regions count as unlike, and by the difference
+    of the pixels as they are. A pattern may stick out of the image by half its size and then
+    matches the repeated border; its corner is that of the nearest window inside.
 
     Args:
         images: uint8 (N, 3, H, W).
         patterns: T patterns of one size.
-
-    Returns:
-        The largest correlations, -1..1, (N, T), and the corners where they lie, int64 (N, T, 2).
     """
-    pixels = torch.stack([p.pixels for p in patterns])
+    pixels = torch.stack([p.pixels for p in patterns]) / 127.5 - 1
     stable = torch.stack([p.stable for p in patterns])
     (height, width), (h, w) = images.shape[-2:], pixels.shape[-2:]
     x = F.pad((images.float() - 127.5) / 127.5, (w // 2, w // 2, h // 2, h // 2), mode="replicate")
-    count = 3 * stable.sum((1, 2, 3))[:, None, None, None]  # values compared, (T, 1, 1, 1)
-    kernel = (pixels - (pixels * stable).sum((1, 2, 3), keepdim=True) / count) * stable
-    kernel = F.normalize(kernel.flatten(1), dim=1, eps=1e-3).view(pixels.shape)
-    count = count.view(1, -1, 1, 1)
-    # the variance of the image under each position of the pattern, times `count`: (N, T, H', W')
-    energy = (
-        F.conv2d(x.square().sum(1, keepdim=True), stable)
-        - F.conv2d(x.sum(1, keepdim=True), stable).square() / count
-    )
-    correlation = F.conv2d(x, kernel) / energy.maximum(1e-2 * count).sqrt()
-    value, place = correlation.flatten(2).max(2)
+    count = 3 * stable.sum((1, 2, 3)).view(1, -1, 1, 1)  # values compared, (1, T, 1, 1)
+    mean = (pixels * stable).sum((1, 2, 3)).view(1, -1, 1, 1) / count
+    centred = (pixels - mean.view(-1, 1, 1, 1)) * stable
+    length = centred.flatten(1).norm(dim=1).clamp(min=1e-3).view(1, -1, 1, 1)
+    # over the pixels under each position of a pattern: (N, T, H', W')
+    sums = F.conv2d(x.sum(1, keepdim=True), stable)
+    squares = F.conv2d(x.square().sum(1, keepdim=True), stable)
+    products = F.conv2d(x, centred)
+    energy = (squares - sums.square() / count).maximum(1e-2 * count)
+    value, place = (products / (length * energy.sqrt())).flatten(2).max(2)
     positions = x.shape[-1] - w + 1
     top, left = place // positions - h // 2, place % positions - w // 2
-    return value, torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
+    corners = torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
+    of_pattern = (pixels.square() * stable).sum((1, 2, 3)).view(1, -1, 1, 1)
+    distance = (squares - 2 * (products + mean * sums) + of_pattern).clamp(min=0) / count
+    return Matches(value, corners, 127.5 * distance.flatten(2).amin(2).sqrt())
 
 
 def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern:
@@ -191,7 +207,7 @@ def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern
     sides = torch.tensor(pattern.pixels.shape[-2:], device=images.device)
     last_corner = torch.tensor(images.shape[-2:], device=images.device) - sides
     for _ in range(rounds):
-        corners = find_patterns(images, [pattern])[1][:, 0]
+        corners = find_patterns(images, [pattern]).corners[:, 0]
         off_centre = pattern.stable[0].nonzero().float().mean(0) + 0.5 - sides / 2
         corners = torch.minimum((corners + off_centre.round().long()).clamp(min=0), last_corner)
         boxes = torch.cat([corners, sides.expand(len(images), 2)], 1)

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from bezoar.data.streams import RecordStream
 from bezoar.errors import UserError
 from bezoar.runs.estimates import pairs_per_second
 
@@ -19,6 +20,7 @@ MAX_RECORDS = 50_000  # that it is trained on
 MIN_RECORDS = 32  # with fewer nothing is learnt
 BATCH = 128
 SIDE = 64  # pixels of the images, at most
+MIN_SIDE = 32  # to which smaller ones are enlarged
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,18 @@ class SuspectTraining:
 
 
 def limit_data(method: Any) -> Any:
-    """The data method with no more records, and no larger images, than are trained on."""
+    """The data method with no more records, and no larger images, than are trained on.
+
+    Images are not enlarged for the training either: that would cost time alone.
+    """
     names = {field.name for field in dataclasses.fields(method)}
     changes: dict[str, Any] = {}
     if "limit" in names and (method.limit is None or method.limit > MAX_RECORDS):
         changes["limit"] = MAX_RECORDS
-    if "size" in names and method.size is not None and method.size > SIDE:
-        changes["size"] = SIDE
+    if "size" in names and method.size is not None:
+        source = method()
+        usual = source.usual_side() if isinstance(source, RecordStream) else None
+        changes["size"] = min(method.size, SIDE, max(MIN_SIDE, usual or SIDE))
     return dataclasses.replace(method, **changes)
 
 

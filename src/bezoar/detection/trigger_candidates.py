@@ -89,13 +89,14 @@ class Hosts:
 class Likeness:
     """How like N records are to the candidates.
 
-    windows: (N, T), to the patterns of T window clusters. corners: int64 (N, T, 2), where.
-    textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
+    windows: (N, T), the correlation with the patterns of T window clusters. corners: int64
+    (N, T, 2), where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
     another.
     """
 
     windows: Tensor
     corners: Tensor
+    differences: Tensor
     textures: Tensor
 
 
@@ -131,18 +132,20 @@ def measure_likeness(
 ) -> Likeness:
     """Compare every record with every candidate; each image is read once."""
     n = len(data)
-    windows, corners = torch.empty(n, len(clusters)), torch.zeros(n, len(clusters), 2).long()
+    windows, differences = torch.empty(n, len(clusters)), torch.empty(n, len(clusters))
+    corners = torch.zeros(n, len(clusters), 2).long()
     likeness = torch.empty(n, sum(len(t.counts) for t in textures), dtype=torch.float16)
     for rows in blocks(n, BLOCK) if clusters or textures else ():
         images = data.images(range(rows.start, rows.stop))
         if clusters:
             small, _ = reduce_images(images)
-            value, corner = shared_patterns.find_patterns(small, [c.pattern for c in clusters])
-            windows[rows] = value.cpu()
-            corners[rows] = corner.cpu() * (images.shape[-1] // small.shape[-1])
+            matches = shared_patterns.find_patterns(small, [c.pattern for c in clusters])
+            windows[rows] = matches.correlation.cpu()
+            corners[rows] = matches.corners.cpu() * (images.shape[-1] // small.shape[-1])
+            differences[rows] = matches.difference.cpu()
         if textures:
             likeness[rows] = torch.cat([t.likeness(images) for t in textures], 1).half().cpu()
-    return Likeness(windows, corners, likeness)
+    return Likeness(windows, corners, differences, likeness)
 
 
 def window_triggers(
@@ -150,14 +153,19 @@ def window_triggers(
 ) -> Iterator[Trigger]:
     """Test the pattern of each window cluster.
 
-    One that stands out is transplanted from the records that are most like it. A cluster of which
-    most windows already show an earlier trigger is not tested again.
+    One that stands out, by its contrasts or by its very pixels, is transplanted from the records
+    that are most like it: many natural windows have the contrasts of a patch of one colour, and few
+    its colour. A cluster of which most windows already show an earlier trigger is not tested again.
     """
     n = len(data)
     raised = torch.zeros(n, dtype=torch.bool)
     for i, cluster in enumerate(clusters):
         like = likeness.windows[:, i]
-        standout = standout_share(like, like[cluster.rows].median())
+        nearness = -likeness.differences[:, i]
+        standout = max(
+            standout_share(like, like[cluster.rows].median()),
+            standout_share(nearness, nearness[cluster.rows].median()),
+        )
         share, boxes, effect = torch.zeros(n), torch.full((n, 4), -1), 0.0
         if standout >= MIN_WINDOW_STANDOUT and raised[cluster.rows].float().mean() <= 0.5:
             share, boxes, effect = transplant_pattern(

@@ -250,7 +250,8 @@ class Scan:
             return []
         suspects = suspect_training.limit_data(data) if is_plain else data
         count = count_records(suspects, settings) or suspect_training.MAX_RECORDS
-        plan = suspect_training.plan_training(count, suspect_training.SIDE, True)
+        size = getattr(suspects, "size", None) or suspect_training.SIDE
+        plan = suspect_training.plan_training(count, size, True)
         return [Trial(Train(suspects, plan.network, plan.objective), settings.seed)]
 
     def _trains(self, job: Job) -> bool:

@@ -114,6 +114,16 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     return np.asarray(picture).transpose(2, 0, 1)
 
 
+def read_shorter_side(image: bytes | Path) -> int:
+    """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for what is no image."""
+    content = image if isinstance(image, bytes) else read_file(image)
+    try:
+        with open_picture(content, FORMATS) as encoded:
+            return min(encoded.size)
+    except DECODING_ERRORS as error:
+        raise Unreadable("not decodable") from error
+
+
 def check_effort(content: bytes, encoded: Image.Image) -> None:
     """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG costs a pass."""
     if isinstance(encoded, TiffImageFile):
