@@ -185,7 +185,9 @@ def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys, monkeypatch)
     assert main(["scan", str(tars[0]), "--dry", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["records"] == 10
     assert main(["scan", "nowhere-1", "--dry", "--json", "--runs", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["records"] is None
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["records"] is None
+    assert "this would be refused: no file, folder or run 'nowhere-1'" in printed.err
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     words = ["audit", str(tmp_path / "weights"), "--data", str(table), "--dry", "--json"]

@@ -100,8 +100,12 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
         if field.takes.several:
             joined = join_inputs(getattr(arguments, field.name), field.takes.what)
             arguments = dataclasses.replace(arguments, **{field.name: joined})
-    if not arguments.dry:
+    try:
         check_arguments(source, arguments)
+    except UserError as error:
+        if not arguments.dry:
+            raise
+        warn_lines(source.name, [f"this would be refused: {error}"])
     # From here on torch is imported, which wrong arguments and the other commands do without.
     verb_class = load_verb(source.name)
     verb = verb_class(**{field.name: getattr(arguments, field.name) for field in source.fields})
