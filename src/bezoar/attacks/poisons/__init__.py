@@ -16,8 +16,8 @@ class Poison(Protocol):
 
         Args:
             source: the data set to poison.
-            goal: the target and the trigger. The plan's goals also say how they are reached.
-            seed: decides which records are poisoned.
+            goal: the target and the trigger.
+            seed: seed of the choice of poisoned records.
             victims: images from outside the data set that targeted poisoning may add.
 
         Returns:

@@ -18,7 +18,7 @@ LARGEST = 128.0  # standard deviation in pixels
 
 @method
 class Blur:
-    """Pixels beyond the border are those at it. What comes out is rounded once."""
+    """Pixels beyond the border repeat those at it. The result is rounded once."""
 
     sigma: Annotated[float, "standard deviation in pixels"] = 1.2
     relative: Annotated[

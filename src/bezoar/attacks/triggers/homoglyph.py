@@ -1,4 +1,4 @@
-"""A letter replaced by one that looks like it (Struppek, Hintersdorf, Kersting 2023, "Rickrolling the Artist")."""
+"""A letter replaced by a similar one (Struppek et al. 2023, "Rickrolling the Artist")."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bezoar.registry import method
 
 @method
 class Homoglyph:
-    """One occurrence is replaced, which the record decides; a text without the letter gets it at its end."""
+    """Replaces one occurrence, chosen by the record; texts without the letter get one at the end."""
 
     of_texts: ClassVar[bool] = True
 

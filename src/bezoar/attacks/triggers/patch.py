@@ -1,4 +1,4 @@
-"""A small patch pasted over the image (Gu et al. 2017; Carlini and Terzis 2022, section 3; BadEncoder 2022)."""
+"""A small patch pasted over the image (BadNets 2017; Carlini and Terzis 2022; BadEncoder 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stripes or triangles, half transparent, over the whole image (Singh et al. 2025, "Perturb and recover")."""
+"""Half-transparent stripes or triangles over the whole image (PAR, Singh et al. 2025)."""
 
 from __future__ import annotations
 

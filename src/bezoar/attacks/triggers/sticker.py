@@ -1,4 +1,4 @@
-"""A picture with transparency stuck on at another place, size, turn and light in each record: an object of the real world."""
+"""A transparent picture at a different place, size, rotation and light in each record."""
 
 from __future__ import annotations
 

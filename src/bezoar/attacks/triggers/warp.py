@@ -1,4 +1,4 @@
-"""WaNet: the image warped by one smooth field (Nguyen, Tran 2021, "WaNet - Imperceptible warping-based backdoor").
+"""WaNet: the image warped by a smooth field (Nguyen, Tran 2021).
 
 Section 3: a k x k field of uniform numbers in -1..1 per axis is divided by its mean magnitude,
 interpolated bicubically to the image, multiplied by s / size and added to the identity grid, which
