@@ -591,7 +591,9 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
         refusing.setattr(inputs, "load_encoder", lambda *a: pytest.fail("weights are loaded first"))
         execute(Evaluate(bad, "scenes:count=200", ("linear",)), settings)
     with pytest.raises(UserError, match="two of the probes measure 'attack_success'"):
-        execute(Evaluate(bad, "scenes:count=200", ("zero_shot", "zero_shot:batch=100")), settings)
+        execute(
+            Evaluate(bad, "scenes:count=200", ("zero_shot", "zero_shot:templates=openai")), settings
+        )
 
 
 def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):

@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine, their votes weighted by similarity (Wu et al. 2018, section 3.4)."""
+"""k nearest neighbours by cosine, with votes weighted by similarity (Wu et al. 2018, 3.4)."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -29,13 +29,12 @@ class Knn:
     )
     temperature: Annotated[float, "of the weights; lower trusts the nearest more"] = 0.5
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
-    batch: Annotated[int, "images at a time"] = 512
 
     needs = ("train",)
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0 or self.batch < 1:
-            raise ValueError("needs k >= 1, temperature > 0, batch >= 1")
+        if self.k < 1 or not self.temperature > 0:
+            raise ValueError("needs k >= 1, temperature > 0")
         check_limit(self.limit)
 
     def __call__(
@@ -46,12 +45,12 @@ class Knn:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, as `knn.*`; see `Probe`.
+        """Return the measures of `TestViews.measures` as `knn.*`; see `Probe`.
 
         Raises UserError if there are fewer than k labelled records.
         """
-        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
+        views = success.TestViews.of(encoder, test, goals, victims)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
         how = f"; {self.vote} vote of the {self.k} nearest of {len(labelled)} labelled records"
         measures = views.measures(
             lambda z: self.votes(z, labelled.z, labelled.labels, len(test.classes)), how

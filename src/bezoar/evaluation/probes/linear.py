@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen image features (Radford et al. 2021, appendix A.3)."""
+"""Linear probe: logistic regression on frozen image features (Radford et al. 2021, A.3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,13 +39,12 @@ class Linear:
     ] = True
     iterations: Annotated[int, "of L-BFGS, at most"] = 1000
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
-    batch: Annotated[int, "images at a time"] = 512
 
     needs = ("train",)
 
     def __post_init__(self) -> None:
-        if not self.c > 0 or self.iterations < 1 or self.batch < 1:
-            raise ValueError("needs c > 0, iterations >= 1, batch >= 1")
+        if not self.c > 0 or self.iterations < 1:
+            raise ValueError("needs c > 0, iterations >= 1")
         check_limit(self.limit)
 
     def __call__(
@@ -56,9 +55,9 @@ class Linear:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, as `linear.*`; see `Probe`."""
-        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
+        """Return the measures of `TestViews.measures` as `linear.*`; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
         head = self.fit(labelled.z, labelled.labels, len(test.classes))
         how = f"; linear head on {len(labelled)} labelled records, {head.about}"
         return add_prefix("linear", views.measures(head, how))
@@ -109,8 +108,8 @@ class LinearHead:
 def fit_logistic(x: Tensor, y: Tensor, classes: int, c: float, iterations: int) -> LinearHead:
     """Fit multinomial logistic regression of y int64 (N,) on x float (N, D).
 
-    The optimiser is scipy's L-BFGS, as in scikit-learn, whose own class runs on a CPU alone, takes
-    half as long again at the same accuracy, and has no logit for a class without records.
+    The optimiser is scipy's L-BFGS. scikit-learn's class uses the same, but runs on CPUs only, takes
+    1.5 times as long for the same accuracy, and has no logit for a class without records.
 
     c: weight of the data against the penalty. iterations: of L-BFGS, at most.
     """
