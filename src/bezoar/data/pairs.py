@@ -163,8 +163,8 @@ def row_numbers(rows: Rows) -> np.ndarray:
 
 def load_pairs(source: Batched) -> Pairs:
     """Load every record of a source into memory; its `records`, if these are Pairs already."""
-    held = source if isinstance(source, Pairs) else getattr(source, "records", None)
-    return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
+    records = source if isinstance(source, Pairs) else getattr(source, "records", None)
+    return records if isinstance(records, Pairs) else Pairs.concat(list(source.batches(1024)))
 
 
 def content_hash(image: Tensor, caption: str = "") -> str:

@@ -24,7 +24,7 @@ from bezoar.registry import method
 
 UNIT_ROWS = 1 << 17  # of a unit of work
 BLOCK_ROWS = 1 << 13  # in memory at a time
-# Columns of metadata, by what they hold.
+# Names of columns of metadata, by their contents.
 METADATA_COLUMNS = {
     "id": (*ID_COLUMNS, "image_path"),
     "caption": ("caption", *CAPTION_COLUMNS),

@@ -29,10 +29,10 @@ from bezoar.training.universal_triggers import UniversalTriggers
 class Loss(ViewLoss):
     """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], with one learnt temperature.
 
-    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are
-    one batch to the tower. With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 -
-    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start. With adversarial
-    triggers I~ is, of a half of the batch, the image itself with one of them.
+    InfoNCE goes in one direction, from the original to the views, as in the published code. I and
+    I~ are one batch to the tower. With an anchor, the loss has a further term anchor [ mean 1 -
+    cos(f(I), f_0(I)) + mean 1 - cos(g(T), g_0(T)) ], where f_0 and g_0 are the towers at the start.
+    With adversarial triggers, half of I~ are the images themselves with such a trigger.
     """
 
     def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
