@@ -62,11 +62,14 @@ class Dose:
     price: Annotated[float, "of a domain whose price the table does not state"] = 10.0
 
     def files(self) -> list[Path]:
-        """The table of domains, so that a changed one is another question. Raises UserError without it."""
+        """The table of domains, whose content is part of the question.
+
+        Raises UserError without it.
+        """
         return [existing_file(self.domains, "table of domains")] if self.domains else []
 
     def planned_trials(self, settings: Settings) -> list[Trial]:
-        """The trials of every dose, for an estimate. Raises UserError for inputs that do not exist."""
+        """The trials of every dose, for an estimate. Raises UserError for missing inputs."""
         return self.table(resolve_inputs(self, settings)[0], list(self.doses), settings.seed).trials
 
     def work(self, job: Job) -> dict[str, Measure]:
