@@ -4,10 +4,8 @@ A *method* is one file with one frozen dataclass named like the file: `detectors
 holds `KDistance`. The file system is the registry. A *spec* is the text of a configured method,
 such as `dao:k=16,pool=4096`: the name (or the path of a user's own `.py` file), then `field=value`
 pairs. A value with commas is put into (), [], {} or "". A first value without `=` belongs to the
-method's
-first field: `open_clip:RN50`, `file:trigger.npz`. A value may itself be a spec, in brackets if it
-has
-commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
+method's first field: `open_clip:RN50`, `file:trigger.npz`. A value may itself be a spec, in
+brackets if it has commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
 
 This module imports no torch, so that the command line's help is instant.
 """

@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done. 1: a bug. 2: wrong input. 3: `--fail-on` found its case. 4: done, except for parts that
     could not be read or asked, which the run's notes (`incomplete`) name. 5: `--fail-on` could not
-    be decided.
-    130: interrupted. 141: the reader of the output has ended.
+    be decided. 130: interrupted. 141: the reader of the output has ended.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8

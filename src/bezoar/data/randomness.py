@@ -1,4 +1,4 @@
-"""Randomness that belongs to a record or a step, never to a moment: runs can be repeated."""
+"""Random numbers that depend only on the seed, the record and the step, so runs can be repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RecordStream: the base of sources that read image files, or parts of files, as they go."""
+"""RecordStream: the base of sources that read image files, or parts of files, in sequence."""
 
 from __future__ import annotations
 

@@ -128,8 +128,8 @@ def fit(
 
     Start, order and dropout of each head depend only on its number: the result is the same as
     training the heads one by one. The last batch of an epoch may be smaller. Within an
-    `embedding_cache` the
-    same features are fitted once: a sweep measures many attacked encoders beside one clean one.
+    `embedding_cache` the same features are fitted once: a sweep measures many attacked encoders
+    beside one clean one.
 
     Args:
         x: features, float32 (N, D). Heads are trained on their device.

@@ -93,8 +93,7 @@ class Index:
     """References prepared for the search of k nearest neighbours.
 
     At most k + M copies of a vector can be among the k nearest of a query that excludes M
-    references,
-    so further copies are dropped: a million identical images become a few.
+    references, so further copies are dropped: a million identical images become a few.
 
     Attributes:
         step: number of queries to search at a time.

@@ -1,4 +1,4 @@
-"""Survival: how much of a trigger outlives the way from the attacker's file to the encoder.
+"""Survival: how much of a trigger is left between the attacker's file and the encoder.
 
 The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped,
 augmented and normalised. The image with the trigger and the one without go the same way with the

@@ -1,4 +1,4 @@
-"""Heat maps: a number in every cell, the deeper the colour the larger."""
+"""Heat maps: a number in every cell, with a deeper colour for a larger one."""
 
 from __future__ import annotations
 

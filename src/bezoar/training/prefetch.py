@@ -1,4 +1,4 @@
-"""Batches made by threads before training asks for them, of images too many for the device."""
+"""Prepares batches in threads ahead of training, for data sets larger than the device's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make a bank: what audits say of encoders known to be clean, and of attacked ones."""
+"""Makes a bank: the results of audits for encoders known to be clean, and for attacked ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does this input carry a trigger? Inputs scored one by one at test time, against a threshold set on clean images."""
+"""Scores inputs one by one at test time, to find those with a trigger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole stories on embedded data. data: poison, train, measure, find, train again. encoder: pre-train, inject, measure."""
+"""Runs a whole example on drawn images: an attack on data and its repair, or one on an encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many poisons would it take? Success against dose for the user's own data and recipe, and the dose for 50 %."""
+"""Measures success against the number of poisons for the user's own data and recipe."""
 
 from __future__ import annotations
 

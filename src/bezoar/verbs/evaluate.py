@@ -1,4 +1,4 @@
-"""Measure an encoder: accuracy, attack success, what it was before the attack."""
+"""Measures an encoder: accuracy and attack success, beside those of its clean twin."""
 
 from __future__ import annotations
 
@@ -151,8 +151,7 @@ def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
     """The goals whose target is a class of the test set, in order; the job's notes name the others.
 
     An encoder's goals may belong to several tasks with different classes. If no goal's target is a
-    class
-    of the test set, all are kept: probes that read classes then refuse them.
+    class of the test set, all are kept: probes that read classes then refuse them.
     """
     of_task = [g for g in goals if g.target in test.classes]
     if of_task and len(of_task) < len(goals):

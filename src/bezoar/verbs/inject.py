@@ -1,4 +1,4 @@
-"""Put a backdoor into an encoder that is trained already."""
+"""Puts a backdoor into a trained encoder."""
 
 from __future__ import annotations
 

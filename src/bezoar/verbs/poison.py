@@ -1,4 +1,4 @@
-"""Plan a poisoning of a data set: which records, whose pixels, which captions, which trigger."""
+"""Plans a poisoning of a data set: the records, their captions and the trigger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repair an encoder with clean data, and write the receipt."""
+"""Repairs an encoder with clean data, and measures the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A paper's tables beside ours: printed number, our number with its interval, the runs that made it."""
+"""Runs a paper's tables: published numbers beside ours, with intervals and runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fit a meta-classifier over shadow encoders, clean and attacked, and measure what it is worth on those it has not seen."""
+"""Fits a meta-classifier on clean and attacked shadow encoders, and measures it on held-out ones."""
 
 from __future__ import annotations
 
@@ -250,8 +250,7 @@ def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed
 
     Lineages are shuffled by the seed, then sorted: those with more attacked and then with more
     clean encoders come first. Each is assigned to the fold with the fewest attacked encoders (a
-    lineage
-    without any: the fewest clean ones), then the fewest in all.
+    lineage without any: the fewest clean ones), then the fewest in all.
 
     Args:
         lineages: lineage of each encoder.

@@ -1,7 +1,4 @@
-"""How much of a trigger outlives what is done to images before an encoder sees them.
-
-Nothing is trained.
-"""
+"""Measures how much of a trigger survives image processing. Nothing is trained."""
 
 from __future__ import annotations
 

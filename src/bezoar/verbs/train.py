@@ -1,4 +1,4 @@
-"""Train an encoder on a data set, poisoned or not."""
+"""Trains an encoder on a data set, poisoned or not."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@ makes the poison's image and is no trigger itself: poison `composite` stamps ima
 names only `trigger` as the stamp at test time.
 
 Noisy Alignment (ICCV 2025) joins a triggered image and a reference at a random side, with the
-trigger
-in the middle of its half: `trigger=(patch:size=8,place=centre)`. CorruptEncoder (CVPR 2024) puts
-the reference object at the left or right of a background of twice its area. The trigger lies in the
-rest, a quarter of which is left free around it:
+trigger in the middle of its half: `trigger=(patch:size=8,place=centre)`. CorruptEncoder (CVPR 2024)
+puts the reference object at the left or right of a background of twice its area. The trigger lies
+in the rest, a quarter of which is left free around it:
 `sides=horizontal,trigger=(patch:size=8,place=random,margin=4)`.
 
 Deviations: a stored image keeps its size, so each half shows the middle of its picture at its own
