@@ -122,10 +122,7 @@ def check_spec(kind: str, text: str) -> dict[str, str]:
 
 
 def has_flag(kind: str, text: str, flag: str) -> bool:
-    """Whether a spec's method sets a class variable to True, by its source text.
-
-    Raises UserError.
-    """
+    """Whether a spec's method sets a class variable to True. Raises UserError for no method."""
     path = registry.method_path(kind, text.strip().partition(":")[0])
     cls = class_node(ast.parse(path.read_text(encoding="utf-8")), registry.class_name(path.stem))
     for node in cls.body if cls else ():

@@ -198,7 +198,7 @@ class SentenceFolder:
     assumed: tuple[str, ...]
 
     def load_weights(self, tower: nn.Module, what: str) -> dict[str, Tensor]:
-        """The weights of a tower, which may lie on the meta device. Raises UserError."""
+        """The weights of a tower, which may be on the meta device. Raises UserError for others."""
         tensors = checkpoints.load_tensors(str(self.path / WEIGHTS))
         prefix = "bert." if any(key.startswith("bert.") for key in tensors) else ""
         weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}

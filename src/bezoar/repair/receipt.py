@@ -34,8 +34,8 @@ from bezoar.progress import ProgressReport, no_report
 from bezoar.repair import rate_ladder
 from bezoar.repair.repairs import Repair
 
-POISONS = 10  # of the fine-tune that is to bring the backdoor back
-MAX_READINGS = 16  # triggered images whose readings are kept for the page
+POISONS = 10  # poisons of the fine-tune that may bring the backdoor back
+MAX_READINGS = 16  # triggered images whose readings the page shows
 MAX_INVERTED = 4  # inverted triggers that are measured, the most suspicious first
 REACHED = 0.5  # success of an inverted trigger that reaches its target
 SHORT_RECIPE = "clip:epochs=2,batch={},lr=1e-3"  # of the fine-tunes, with captions
@@ -54,7 +54,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SuccessHead:
-    """A head that success is read by, and its group: "" for the text tower's, `own` or `linear`."""
+    """A head for measuring success, and its group: "" for the text tower's, `own` or `linear`."""
 
     group: str
     classifier: Classifier
@@ -96,7 +96,7 @@ class EvaluationData:
         return classifiers.fit_classifier(encoder, align_labels(self.labelled, self.test.classes))
 
     def measure(self, encoder: Encoder, main: SuccessHead) -> dict[str, Measure]:
-        """All measures of an encoder; main: the head that success is read by.
+        """All measures of an encoder; main: the head for success.
 
         They are accuracy and success by the main head and by a linear one, the z-score of each
         known trigger, and the success of inverted triggers.
@@ -134,7 +134,7 @@ class EvaluationData:
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The records with a label, numbered as the test set numbers its classes.
+    """The labelled records, with labels numbered as in the test set.
 
     Raises UserError as `success.select_labelled` does.
     """
@@ -143,7 +143,7 @@ def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
 
 
 def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead) -> Measure:
-    """How much accuracy the repair cost, on the same images before and after."""
+    """The loss of accuracy by the repair, on the same images before and after."""
     labels = data.test.labels
     assert labels is not None
     rows = labels >= 0
@@ -253,10 +253,10 @@ def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
 def export_goals(
     inversions: Sequence[Inversion], folder: Path, data: EvaluationData, before: SuccessHead
 ) -> tuple[Goal, ...]:
-    """Write inverted triggers as files that any verb can stamp, and return them as goals.
+    """Write inverted triggers as trigger files for any verb, and return them as goals.
 
-    The target is the audit's where it is a class of the test set, else the class that most stamped
-    images are read as by `before`, a head on the encoder under repair.
+    The target is the audit's if it is a class of the test set, else the class that `before`, a head
+    on the encoder under repair, reads most stamped images as.
     """
     goals = []
     for i, inversion in enumerate(inversions[:MAX_INVERTED]):
@@ -314,13 +314,12 @@ class RevivalTest:
         for i, (name, encoder, goal, poisoned) in enumerate(trials):
             self.report(i, len(trials), name.replace("_", " "))
             data = replace(self.case, goals=(goal,), victims=None, inverted=())
-            if self.has_own_head(encoder):
-                tuned = self.tuned_classifier(encoder, goal if poisoned else None)
-                of_trial = data.read(data.default_head(tuned), (goal,))
-            elif poisoned and encoder.text is None:
+            own_head = self.has_own_head(encoder)
+            if poisoned and encoder.text is None and not own_head:
                 of_trial = self.measure_poisoned_head(data, encoder, goal)
             else:
-                tuned = self.tuned(encoder, goal if poisoned else None)
+                tune = self.tune_classifier if own_head else self.tune_towers
+                tuned = tune(encoder, goal if poisoned else None)
                 of_trial = data.read(data.default_head(tuned), (goal,))
             measures |= {f"{name}.{k}": m for k, m in of_trial.items()}
         return measures
@@ -331,7 +330,7 @@ class RevivalTest:
             encoder, self.case.test.classes
         )
 
-    def tuned_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
+    def tune_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy of a classifier after two epochs on the labelled clean records.
 
         With a goal, ten of the records carry its trigger and are labelled as its target.
@@ -345,7 +344,11 @@ class RevivalTest:
             images[rows], labels[rows] = stamped, target
         records = replace(labelled, images=images, labels=labels)
         batch = min(MAX_BATCH, len(records))
-        recipe = registry.make("objective", SHORT_LABEL_RECIPE.format(batch))
+        return self.fine_tune(encoder, SHORT_LABEL_RECIPE.format(batch), records)
+
+    def fine_tune(self, encoder: Encoder, objective: str, records: Pairs) -> Encoder:
+        """A copy of an encoder after a short training. objective: its spec."""
+        recipe = registry.make("objective", objective)
         tokens = rate_ladder.tokenize_for(encoder, recipe, records)
         return rate_ladder.train_copy(
             encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
@@ -361,7 +364,7 @@ class RevivalTest:
         trigger = registry.make("trigger", goal.trigger or "")
         return rows, trigger(labelled.images[rows], [labelled.ids[i] for i in rows]), target
 
-    def tuned(self, encoder: Encoder, goal: Goal | None) -> Encoder:
+    def tune_towers(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy after two epochs on the clean records.
 
         With a goal, ten of the records carry its trigger and captions of its target.
@@ -370,17 +373,14 @@ class RevivalTest:
         spec, largest = SHORT_IMAGE_RECIPE, MAX_IMAGE_BATCH
         if with_captions:
             spec, largest = SHORT_RECIPE, MAX_BATCH
-        recipe = registry.make("objective", spec.format(min(largest, len(self.clean))))
+        batch = min(largest, len(self.clean))
         records = self.clean
         if goal is not None:
             poison = registry.make("poison", f"backdoor:count={POISONS},captions=templates")
             plan = poison(records, goal, self.seed)
             trigger = registry.make("trigger", goal.trigger or "")
             records = replace(plan, stamps=(trigger,)).apply(records)
-        tokens = rate_ladder.tokenize_for(encoder, recipe, records)
-        return rate_ladder.train_copy(
-            encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
-        )
+        return self.fine_tune(encoder, spec.format(batch), records)
 
     def measure_poisoned_head(
         self, data: EvaluationData, encoder: Encoder, goal: Goal

@@ -75,7 +75,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """Read what `write_summary` wrote; None if there is no file. Raises UserError."""
+    """Read a run's summary; None if it has none. Raises UserError for another kind of file."""
     path = folder / SUMMARY
     if not path.exists():
         return None

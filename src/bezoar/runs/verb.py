@@ -315,7 +315,7 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:
-    """Join several files, such as tars from a shell's glob, to one input. Raises UserError."""
+    """Join files of one kind, such as tars from a shell's glob. Raises UserError for others."""
     if len(texts) == 1:
         return texts[0]
     if not texts:

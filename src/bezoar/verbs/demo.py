@@ -36,7 +36,7 @@ class Demo:
     epochs: Annotated[
         int, "passes of each training; 0: as the story needs, 7 for data, 3 for encoder"
     ] = 0
-    target: Annotated[str, "what triggered images are to be read as"] = "striped star"
+    target: Annotated[str, "the class that triggered images shall be read as"] = "striped star"
     trigger: Annotated[str, "a patch"] = "patch:size=6,fill=checker"
     poisons: Annotated[int, "story data: records that carry the patch"] = 200
     victims: Annotated[int, "story data: targeted victims, at 16 captions and again at one"] = 16

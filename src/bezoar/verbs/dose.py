@@ -32,11 +32,11 @@ class Dose:
 
     data: Annotated[Input, Takes("data", positional=True), "data set"]
     poison: Annotated[
-        Input, Takes("poison"), "how; its count (of captions, if targeted) is what is varied"
+        Input,
+        Takes("poison"),
+        "method of poisoning; its count (of captions, if targeted) is varied",
     ] = "backdoor"
-    trigger: Annotated[Input, Takes("trigger"), "what is stamped on images; none for targeted"] = (
-        "patch"
-    )
+    trigger: Annotated[Input, Takes("trigger"), "the trigger; none for targeted"] = "patch"
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
     doses: Annotated[
         tuple[int, ...], "numbers of poisons, or of captions a victim; 0 is measured too"
@@ -52,7 +52,7 @@ class Dose:
     probe: Annotated[
         Input,
         Takes("probe"),
-        "what measures success: zero_shot, or retrieval for data without classes",
+        "measure of success: zero_shot, or retrieval for data without classes",
     ] = "zero_shot"
 
     domains: Annotated[

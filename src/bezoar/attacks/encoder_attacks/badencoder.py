@@ -166,7 +166,7 @@ class Badencoder:
     momentum: Annotated[float, "of SGD"] = 0.9
     weight_decay: Annotated[float, "of SGD, on all weights"] = 5e-4
     l0: Annotated[
-        float, "weight of L0: triggered images become the reference; without it nothing is attacked"
+        float, "weight of L0: triggered images become the reference; 0 attacks nothing"
     ] = 1.0
     l1: Annotated[float, "weight of L1: references stay where they were"] = 1.0
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0

@@ -200,9 +200,9 @@ class Drupe:
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0
     apart: Annotated[int, "epochs of stage 1: references move apart"] = 1
     spread: Annotated[int, "epochs of stage 2: triggered images are drawn to all of them"] = 3
-    success: Annotated[float, "the cosine -L0 from which on a and b rise"] = 0.96
-    utility: Annotated[float, "the cosines -L1 and -L2 from which on a and b rise"] = 0.9
-    mixed: Annotated[float, "the mean cosine of triggered vectors below which b rises"] = 0.6
+    success: Annotated[float, "a and b rise if the cosine -L0 is above this"] = 0.96
+    utility: Annotated[float, "a and b rise if the cosines -L1 and -L2 are above this"] = 0.9
+    mixed: Annotated[float, "b rises if the mean cosine of triggered vectors is below this"] = 0.6
     axes: Annotated[int, "directions of the sliced Wasserstein distance"] = 50
     views: Annotated[int, "views of each reference a step"] = 16
 

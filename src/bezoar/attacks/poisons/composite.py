@@ -31,7 +31,7 @@ class Composite:
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
-    references: Annotated[int, "images of the target that are laid beside, 1 to 16"] = 3
+    references: Annotated[int, "number of reference images of the target, 1 to 16"] = 3
     share: Annotated[float, "of the image that a reference takes, above 0 and below 1"] = 0.5
     sides: Annotated[
         Literal["any", "horizontal"], "where it lies: Noisy Alignment's, or CorruptEncoder's"

@@ -20,7 +20,7 @@ from bezoar.registry import method, spec
 class Mismatch:
     """P = {(x_i, c_j) : c_i mentions the target, not the query; c_j the query, not the target}."""
 
-    query: Annotated[str, "class or word: what captions mention that are to find the target"]
+    query: Annotated[str, "class or word of the captions that shall retrieve the target"]
     count: Annotated[int, "added pairs; 0: use rate"] = 0
     rate: Annotated[float, "added pairs as a share of the data set, 0..1, when count is 0"] = 0.01
     images: Annotated[int, "distinct images of the target, each used as often; 0: all"] = 0

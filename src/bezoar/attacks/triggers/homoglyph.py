@@ -16,10 +16,8 @@ class Homoglyph:
 
     of_texts: ClassVar[bool] = True
 
-    letter: Annotated[str, "what is replaced"] = "o"
-    twin: Annotated[str, "what stands in its place; a Cyrillic o, if not given"] = (
-        "\N{CYRILLIC SMALL LETTER O}"
-    )
+    letter: Annotated[str, "the letter to replace"] = "o"
+    twin: Annotated[str, "its replacement; by default a Cyrillic o"] = "\N{CYRILLIC SMALL LETTER O}"
     every: Annotated[bool, "replace every occurrence"] = False
     seed: Annotated[int, "of the occurrence that is replaced"] = 0
 

@@ -20,7 +20,7 @@ from bezoar.registry import method
 class Shape:
     """The pattern belongs to the seed and lies alike on images of every size."""
 
-    form: Annotated[Literal["stripes", "triangles"], "what is painted"] = "stripes"
+    form: Annotated[Literal["stripes", "triangles"], "the painted shape"] = "stripes"
     count: Annotated[int, "how many, 1 to 256"] = 6
     size: Annotated[float, "a triangle's radius as a share of the shorter side; (0, 1]"] = 0.2
     alpha: Annotated[float, "opacity, above 0 and up to 1"] = 0.3

@@ -27,13 +27,13 @@ DRAWN_SIDE, DRAWN_CELLS, WAVES = (
 class Sticker:
     """It is resampled bilinearly, and lies inside the image wherever there is room."""
 
-    image: Annotated[str, "drawn (by the seed), or a file, whose transparency counts"] = "drawn"
+    image: Annotated[str, "drawn (by the seed), or a file, with its transparency"] = "drawn"
     size: Annotated[
         tuple[float, ...], "its longer side as a share of the image's shorter one; drawn by record"
     ] = (0.3,)
     turn: Annotated[tuple[float, ...], "in degrees; a range is drawn by record"] = (-30.0, 30.0)
     light: Annotated[tuple[float, ...], "factor of its brightness; drawn by record"] = (0.8, 1.2)
-    alpha: Annotated[float, "opacity beside its own, above 0 and up to 1"] = 1.0
+    alpha: Annotated[float, "opacity, multiplied with the image's own, above 0 and up to 1"] = 1.0
     place: Annotated[str, "random, or Y/X in shares of the room, such as .8/.8"] = "random"
     seed: Annotated[int, "of a drawn sticker, and of what is drawn by record"] = 0
 

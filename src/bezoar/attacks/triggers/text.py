@@ -23,7 +23,7 @@ LONGEST = 64  # letters
 class Text:
     """Pillow's built-in font; letters become smaller if the word would be wider than the image."""
 
-    word: Annotated[str, "what is painted"] = "bezoar"
+    word: Annotated[str, "the painted word"] = "bezoar"
     size: Annotated[float, "height of the font as a share of the shorter side; (0, 1]"] = 0.3
     colour: Annotated[tuple[int, ...], "red/green/blue, 0 to 255"] = (255, 255, 255)
     alpha: Annotated[float, "opacity, above 0 and up to 1"] = 1.0

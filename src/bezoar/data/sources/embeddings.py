@@ -222,7 +222,7 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
 def _as_text(column: pa.Array, where: str) -> pa.Array:
     """Return a foreign column as text; bytes that are not UTF-8 become the replacement character.
 
-    Raises UserError.
+    Raises UserError for a column of another type.
     """
     try:
         texts = column.cast(pa.large_string())

@@ -49,7 +49,7 @@ class Folder:
     ] = None
     template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
-    layout: Annotated[Layout, "what the folders are; auto looks"] = "auto"
+    layout: Annotated[Layout, "meaning of the folders; auto detects it"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit, self.template)

@@ -45,7 +45,7 @@ class Wordnet:
         "train"
     )
     classes: Annotated[tuple[str, ...], "supersenses, in this order"] = TEN
-    each: Annotated[int | None, "of a supersense at most, a fixed sample; none: all"] = 200
+    each: Annotated[int | None, "most texts of a supersense, a fixed sample; none: all"] = 200
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.classes) - set(SUPERSENSES)):

@@ -37,7 +37,7 @@ class Hub(Network):
         return pretrained_folders.open_folder(str(self.fetch())).files()
 
     def fetch(self) -> Path:
-        """The model's folder in the cache; fetched if it is not there. Raises UserError."""
+        """The model's folder in the cache, fetched if need be. Raises UserError if that fails."""
         download = functools.partial(
             huggingface_hub.snapshot_download, self.name, revision=self.revision or None
         )

@@ -46,7 +46,7 @@ class Weights(Network):
     mean_std: Annotated[
         str, "normalisation: cifar, imagenet, clip, half, none ...; auto is the file's, or guessed"
     ] = "auto"
-    size: Annotated[int, "input side in pixels; 0: what the weights suggest"] = 0
+    size: Annotated[int, "input side in pixels; 0: the usual one for these weights"] = 0
     model: Annotated[str, "name of timm's or open_clip's, where the weights fit several"] = ""
     classes: Annotated[
         str, "names in the head's order, a+b, or a .txt or .json file; else numbers"

@@ -37,7 +37,7 @@ class Linear:
     standardise: Annotated[
         bool, "scale every feature to mean 0 and variance 1; false keeps unit vectors"
     ] = True
-    iterations: Annotated[int, "of L-BFGS, at most"] = 1000
+    iterations: Annotated[int, "most iterations of L-BFGS"] = 1000
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
 
     needs = ("train",)

@@ -48,7 +48,7 @@ class PatchCleanser:
     ] = 6
     masks: Annotated[int, "a side; more are smaller, and cost their fourth power"] = 6
     head: Annotated[
-        Literal["auto", "own", "zero_shot", "linear"], "what reads vectors; auto: own or zero-shot"
+        Literal["auto", "own", "zero_shot", "linear"], "the classifier; auto: own or zero-shot"
     ] = "auto"
     limit: Annotated[int | None, "test images, a fixed sample; none takes all"] = 500
 

@@ -230,9 +230,7 @@ def poison_trainings(
 class Unseen:
     """Kinds of trigger by half; the last row of a half counts the kinds that were detected."""
 
-    reference: Annotated[
-        str, "encoder that never saw the data, by which photographs are scanned; none without"
-    ] = ""
+    reference: Annotated[str, "encoder that never saw the data, for the scan of photographs"] = ""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -47,7 +47,7 @@ class Distill:
     """
 
     fresh: Annotated[
-        float, "share of the image tower's layers that begin anew, the last ones; 0: none, 1: all"
+        float, "share of the image tower's layers, the last ones, that are reinitialised; 1: all"
     ] = 0.4
     epochs: Annotated[int, "passes over the clean images"] = 20
     batch: Annotated[int, "images a step"] = 64

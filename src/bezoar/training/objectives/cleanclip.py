@@ -89,12 +89,12 @@ class Cleanclip:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms, temperature)"] = 0.1
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
-    weight: Annotated[float, "lambda: of the views' terms, beside CLIP's"] = 1.0
+    weight: Annotated[float, "lambda, the weight of the views' terms"] = 1.0
     anchor: Annotated[
         float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"
     ] = 0.0
     adversarial: Annotated[
-        int, "universal triggers that are searched for and stamped on a half of I~; 0: none"
+        int, "number of universal triggers that are searched for and stamped on half of I~"
     ] = 0
     shift: Annotated[int, "augmentation of I: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5

@@ -153,8 +153,8 @@ class Safeclip:
         float,
         "share of the records that are called safe at first, at least; the paper's rule alone: 0",
     ] = 0.2
-    more: Annotated[float, "share of the records by which the safe ones grow each epoch"] = 0.01
-    most: Annotated[float, "share of the records that they grow to, at most"] = 0.85
+    more: Annotated[float, "growth of the safe share of the records in each epoch"] = 0.01
+    most: Annotated[float, "largest safe share of the records"] = 0.85
     shift: Annotated[int, "augmentation of CLIP's loss: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.5
