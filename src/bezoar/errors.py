@@ -25,7 +25,7 @@ class UnwritableError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class where it has none.
+    """The first line of an exception's message, or its class if it has none.
 
     Torch's invitation to unpickle a file that it refuses is not handed on.
     """

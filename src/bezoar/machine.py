@@ -82,7 +82,7 @@ def _group_folders(controllers: Sequence[str], path: str) -> Iterator[Path]:
 
 
 def _read_quota(folder: Path) -> list[float]:
-    """The quota that a control group's folder states, in cores; empty where it states none."""
+    """The quota that a control group's folder states, in cores; empty if it states none."""
     with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()[:2]

@@ -49,7 +49,7 @@ def check_spot(place: str) -> None:
 
 
 def choose_between(values: tuple[float, ...], u: Floats) -> Floats:
-    """Return the numbers that u in [0, 1), of any shape, chooses within one number or a range."""
+    """Map uniform numbers u in [0, 1), of any shape, to one number or into a range."""
     return values[0] + u * (values[-1] - values[0])
 
 

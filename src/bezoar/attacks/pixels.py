@@ -104,7 +104,7 @@ def _load_pattern(path: str, _: FileState, height: int, width: int) -> Tensor:
 
 
 def uniform_noise(seed: int, name: str, *shape: int) -> Tensor:
-    """Draw uniform numbers in [0, 1), float32, that belong to (seed, name) on every machine."""
+    """Draw uniform numbers in [0, 1), float32, the same for (seed, name) on every machine."""
     noise = draws(seed, (name,), math.prod(shape), "noise")
     return torch.from_numpy(noise.astype(np.float32).reshape(shape))
 
@@ -116,7 +116,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def image_blocks(images: Tensor) -> list[slice]:
-    """Cut a batch into slices whose float copies take at most BLOCK_ELEMENTS."""
+    """Split a batch into slices whose float copies have at most BLOCK_ELEMENTS elements."""
     kind = "cpu" if images.device.type == "cpu" else "accelerator"
     elements_per_image = images[0].numel() if len(images) else 1
     return blocks(len(images), max(1, BLOCK_ELEMENTS[kind] // max(1, elements_per_image)))

@@ -61,7 +61,7 @@ class Goal:
 
     @property
     def is_cover(self) -> bool:
-        """Whether its records hide another goal's: there is nothing that they are to be read as."""
+        """Whether its records hide another goal's; they have no target."""
         return not self.target
 
     @property
@@ -78,7 +78,7 @@ class Goal:
             raise UserError(f"what the attacker wants cannot be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as a plan holds it; what is empty of its last three is left out."""
+        """Return the goal for a plan file, without its last three fields if they are empty."""
         optional = ("references", "copies", "query")
         return {
             name: value for name, value in asdict(self).items() if name not in optional or value

@@ -106,7 +106,7 @@ def inputs_text(verb: str, typed: dict[str, Any]) -> str:
 
 
 def input_text(value: Any) -> str:
-    """A field's value as a manifest holds it, in a few words."""
+    """A field's value from a manifest, in a few words."""
     if isinstance(value, list):
         return " ".join(map(input_text, value))
     if isinstance(value, dict):  # a verb in place of its run

@@ -63,7 +63,7 @@ TaskResult = tuple[list[Decoded | Skipped], list[Record | Skipped]]  # what is d
 
 
 def thread_count() -> int:
-    """Return how many threads decode: the cores that this process may use, at most 8."""
+    """The number of decoding threads: the cores that this process may use, at most 8."""
     return min(8, machine.cores())
 
 
@@ -133,7 +133,7 @@ def _decode(record: Record, size: int | None) -> Decoded | Skipped:
 
 
 def _cut_tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skipped] | UserError]:
-    """Cut a stream into tasks for threads, large enough that handing them over costs nothing."""
+    """Split a stream into tasks for threads, large enough to make the overhead negligible."""
     items: list[Record | Skipped] = []
     nbytes = 0
     try:
@@ -217,7 +217,7 @@ def batch_pairs(
         records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
             which grows.
         classes: names of the classes.
-        labelled: whether there are labels (-1 where they are not known) though no class has a name.
+        labelled: whether there are labels (-1 where they are unknown) though no class has a name.
     """
     images: list[np.ndarray] = []
     ids: list[str] = []

@@ -27,7 +27,7 @@ class Pairs:
     Attributes:
         images: uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone.
         captions: N texts, or none at all.
-        labels: int64 (N,), -1 where the class is not known; None without classes.
+        labels: int64 (N,), -1 where the class is unknown; None without classes.
         ids: N stable, unique keys, which are never renumbered.
         classes: names by label.
         report: how the records were read, if they were read from files. It is about the whole

@@ -50,7 +50,7 @@ def open_shard(path: Path, format: int = tarfile.USTAR_FORMAT) -> Iterator[tarfi
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file of no owner and no time, so that the same records give the same bytes."""
+    """Add a file without owner and time, so that the same records give the same bytes."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     tar.addfile(header, io.BytesIO(content))

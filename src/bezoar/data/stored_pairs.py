@@ -255,7 +255,7 @@ class StoredPairs:
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
         """Make the images at a few rows in this thread, into `out`.
 
-        Raises UserError that names the file and the record that can no longer be read.
+        Raises UserError, which names the file and the record that can no longer be read.
         """
         pixels, places = out.numpy(), self.places[rows]
         for k, images in enumerate(self.held):

@@ -258,7 +258,7 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
 
 
 def _first_number(key: str) -> list[int]:
-    """The first number in a key, for sorting; nothing where it has none."""
+    """The first number in a key, for sorting; nothing if it has none."""
     return [int(number) for number in re.findall(r"\d{1,4}", key)[:1]]
 
 

@@ -62,7 +62,7 @@ class PretrainedFolder:
         return files
 
     def weights_file(self) -> Path:
-        """The file of weights, or the index of several. Raises UserError where there is none."""
+        """The file of weights, or the index of several. Raises UserError if there is none."""
         names = WEIGHTS[self.library]
         path = next((self.path / n for n in names if os.path.isfile(self.path / n)), None)
         if path is None:

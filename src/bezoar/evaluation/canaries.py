@@ -54,7 +54,7 @@ def canary_edits(plan: Plan) -> tuple[Edit, ...]:
 
 
 def make_canaries(plan: Plan, clean: Pairs | StoredPairs) -> Canaries:
-    """The canaries of a plan with their images. Raises UserError where the plan has none."""
+    """The canaries of a plan with their images. Raises UserError if the plan has none."""
     edits = canary_edits(plan)
     if not edits:
         raise UserError(

@@ -231,7 +231,7 @@ class Contrast:
     how: str
 
     def json(self) -> dict[str, Any]:
-        """Return the contrast as a manifest holds it."""
+        """Return the contrast for a manifest."""
         return encode_nonfinite(asdict(self))
 
 

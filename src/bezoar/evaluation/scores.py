@@ -131,7 +131,7 @@ class Measure:
         return cls(value, n, value, value, how)
 
     def json(self) -> dict[str, Any]:
-        """Return the measure as a manifest holds it; `Measure(**raw)` reads it again."""
+        """Return the measure for a manifest; `Measure(**raw)` reads it again."""
         return encode_nonfinite(asdict(self))
 
 

@@ -72,7 +72,7 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class TestViews:
-    """Everything that success is measured on, as one encoder embeds it, for any number of heads.
+    """The vectors of all test images by one encoder, for measuring the success with any head.
 
     Attributes:
         classes: names of the C classes.
@@ -362,7 +362,7 @@ def select_labelled(
 
 
 def class_index(target: str, classes: Sequence[str]) -> int:
-    """Return the number of a target among the classes. Raises UserError that lists them."""
+    """Return the number of a target among the classes. Raises UserError, which lists them."""
     if target not in classes:
         listed = ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
         raise UserError(f"the target {target!r} is none of the test set's classes: {listed}")

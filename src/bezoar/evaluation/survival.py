@@ -44,7 +44,7 @@ SMALLEST = 1e-12  # below which a length is not divided by
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to an image, in this order. The defaults do nothing.
+    """Changes of an image, in this order. The defaults change nothing.
 
     Attributes:
         resize: factor of the side, above 0 and up to 4.

@@ -272,12 +272,12 @@ def train_at_largest_rate(
 
 
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
-    """The captions as an objective reads them, int64 (N, L); L = 0 for one of images alone.
+    """The captions as tokens for an objective, int64 (N, L); L = 0 for one without captions.
 
     For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1).
 
     Raises:
-        UserError: where objective, encoder and records do not fit each other.
+        UserError: if objective, encoder and records do not fit each other.
     """
     name = registry.method_name(type(recipe))
     if getattr(recipe, "labels", False):

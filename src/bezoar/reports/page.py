@@ -88,7 +88,7 @@ def summarize_measure(name: str, measure: Measure, poisoned: bool) -> Figure:
 
 
 def write_standalone_page(run: Run, path: Path) -> Path:
-    """Write a page to hand around, without links to other runs and the runs' directory."""
+    """Write a page for other people, without links to other runs and the runs' directory."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     with refuse_unwritable(path):

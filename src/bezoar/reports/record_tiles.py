@@ -66,7 +66,7 @@ def record_gallery(
     Args:
         corpus: The records with their images.
         scores: Their scores, captions and places.
-        poisons: Ids of the poisons; None if they are not known.
+        poisons: Ids of the poisons; None if they are unknown.
         windows: For some ids, the window of the image to frame.
         scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
             place.

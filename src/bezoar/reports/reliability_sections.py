@@ -58,7 +58,7 @@ def false_discovery_section(
 
     Args:
         notes: Its notes on false discoveries; empty if none were estimated.
-        truth: For each record, worst first, whether it is a poison; None if that is not known.
+        truth: For each record, worst first, whether it is a poison; None if that is unknown.
         removed: How many records the keep-list leaves out.
     """
     matches = {re.fullmatch(r"expected_clean@(\d+)", key): m for key, m in measures.items()}

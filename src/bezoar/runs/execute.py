@@ -74,7 +74,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """The device that was asked for."""
+        """The device that was requested."""
         return select_device(self.settings.device)
 
     def run(self, verb: Verb) -> Run:
@@ -297,7 +297,7 @@ def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a folder; the lock goes with the process, however it ends."""
+    """Let one process at a time use a folder; the lock ends with the process."""
     # Neither a link is followed, nor a pipe waited on.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "wb") as lock:

@@ -30,7 +30,7 @@ def collect_reports() -> Iterator[Reports]:
 
 
 def note_records(spec: str, report: ReadReport | None) -> None:
-    """Note how the records of a data set were read; nothing outside of a verb's work."""
+    """Note how the records of a data set were read, if a verb is at work."""
     reports = _reports.get()
     if reports is not None and report is not None:
         reports[spec] = report

@@ -77,7 +77,7 @@ class Run:
         return (self.path / MANIFEST).exists() and self.manifest["status"] == "done"
 
     def file(self, name: str) -> Path:
-        """The path of one of the run's files. Raises UserError where it does not exist."""
+        """The path of one of the run's files. Raises UserError if it does not exist."""
         path = self.path / name
         if not path.exists():
             raise UserError(f"run {self.name} holds no {name} (status: {self.manifest['status']})")
@@ -135,7 +135,7 @@ class Run:
         return table.to_pandas() if importlib.util.find_spec("pandas") else table
 
     def open(self) -> None:
-        """Open the run's page in the browser. Raises UserError where it has none."""
+        """Open the run's page in the browser. Raises UserError if it has none."""
         webbrowser.open(self.file(PAGE).absolute().as_uri())
 
     def _repr_html_(self) -> str:

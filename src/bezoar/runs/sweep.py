@@ -347,7 +347,7 @@ def serve_requests(by: Answer = run_request) -> None:
     """Answer requests in a worker: one request a line on stdin, one answer a line on stdout.
 
     Output of verbs goes to stderr. The worker ends at once when the main process does, even during
-    a training, so that it keeps neither memory nor a run that is asked for again.
+    a training, so that it keeps neither memory nor a run that is requested again.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -40,7 +40,7 @@ def write_table_files(folder: Path, tables: Sequence[TableJson]) -> None:
 
 
 def csv_line(table: TableJson, row: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Any]:
-    """A cell as a line of tables.csv; what is not known is empty."""
+    """A cell as a line of tables.csv; unknown values are empty."""
     measure = cell["measure"]
     numbers = [measure[key] for key in ("value", "low", "high", "n")]
     place = [table["name"], row["curve"], row["name"], row["x"], cell["name"]]
@@ -88,5 +88,5 @@ def format_number(value: float) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """A text without signs that LaTeX would obey."""
+    """Escape the characters of a text that are special in LaTeX."""
     return "".join(SPECIAL.get(character, character) for character in text)

@@ -152,7 +152,7 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class AttackedEncoder:
-    """The run of an attacked encoder, and its attack success; None where that is not known."""
+    """The run of an attacked encoder, and its attack success; None if that is unknown."""
 
     run: Run
     success: float | None

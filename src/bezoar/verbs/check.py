@@ -117,7 +117,7 @@ class Check:
     ) -> tuple[dict[str, CheckResult], list[str]]:
         """The result of every check by its name; and a line for each that cannot work here.
 
-        Raises UserError where none can.
+        Raises UserError if none can.
         """
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
@@ -150,7 +150,7 @@ def load_images(job: Job) -> tuple[Pairs, Mask | None]:
     """The images to check, one half of them stamped where a trigger is given.
 
     Returns:
-        The images; and bool (N,), which of them carry a trigger, or None where that is not known.
+        The images; and bool (N,), which of them carry a trigger, or None if that is unknown.
     """
     dataset = inputs.open_dataset(job.inputs["images"])
     images = dataset.pairs
@@ -328,7 +328,7 @@ def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int)
 
 
 def class_names(images: Pairs) -> list[str]:
-    """The class of each image; "" where it is not known."""
+    """The class of each image; "" where it is unknown."""
     if images.labels is None or not images.classes:
         return [""] * len(images)
     return [images.classes[label] if label >= 0 else "" for label in images.labels.tolist()]

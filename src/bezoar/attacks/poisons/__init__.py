@@ -9,7 +9,7 @@ from bezoar.data.pairs import Pairs
 
 
 class Poison(Protocol):
-    """A rule that chooses the poisoned records by draws that belong to the records."""
+    """A rule that chooses the records to poison, by draws that depend on the record."""
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan a poisoning of a data set; nothing is changed yet.

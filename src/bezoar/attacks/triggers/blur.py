@@ -49,7 +49,7 @@ def gaussian_kernel(sigma: float) -> list[float]:
 
 
 def _convolve(x: Tensor, kernel: list[float], axis: int) -> Tensor:
-    """Convolve float (n, 3, H, W) along an axis, pixel by pixel, so that no batch shows."""
+    """Convolve float (n, 3, H, W) along an axis, with results that do not depend on the batch."""
     radius = len(kernel) // 2
     length = x.shape[axis]
     out = x * kernel[radius]

@@ -39,7 +39,7 @@ from bezoar.registry import method
 
 @method
 class Composite:
-    """The side of the reference, and which one it is, belong to the record."""
+    """The record decides the side of the reference, and which one it is."""
 
     reference: Annotated[
         str,

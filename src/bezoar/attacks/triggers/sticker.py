@@ -101,7 +101,7 @@ def _load_sticker(path: str, _: object, side: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _draw_sticker(seed: int, side: int) -> Tensor:
-    """Draw blocks of full colours within a wavy outline: every seed is another sticker."""
+    """Draw blocks of saturated colours within a wavy outline, different for every seed."""
     cells = (pixels.uniform_noise(seed, "sticker", 3, DRAWN_CELLS, DRAWN_CELLS) < 0.5).float()
     rgb = pixels.resize(cells * 255, DRAWN_SIDE, DRAWN_SIDE, hard=True)
     line = (np.arange(DRAWN_SIDE) + 0.5) * 2 / DRAWN_SIDE - 1

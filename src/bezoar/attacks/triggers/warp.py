@@ -20,7 +20,7 @@ from bezoar.registry import method
 
 @method
 class Warp:
-    """The control field belongs to (k, seed) alone, so images of every size are warped alike."""
+    """The control field depends only on (k, seed), so images of every size are warped alike."""
 
     k: Annotated[int, "side of the control grid; smaller is smoother"] = 4
     strength: Annotated[

@@ -52,7 +52,7 @@ class Npz:
         return [existing_file(self.path, ".npz file")]
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError that names the array that does not fit."""
+        """Return the records. Raises UserError, which names the array that does not fit."""
         path = existing_file(self.path, ".npz file")
         try:
             archive = open_zip(path)

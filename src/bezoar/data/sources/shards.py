@@ -82,7 +82,7 @@ class ClassNames(NamedTuple):
     labelled: bool
 
     def number_of(self, metadata: Metadata) -> int:
-        """The number of a record's class; -1 if it is not known."""
+        """The number of a record's class; -1 if it is unknown."""
         label = metadata.label
         if self.labels is not None:
             label = self.labels.get(label, -1)

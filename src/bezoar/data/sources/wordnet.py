@@ -98,7 +98,7 @@ class Wordnet:
 
 
 def _parse_line(line: str) -> tuple[str, int, str] | None:
-    """Id, number of the supersense and definition of a line; None where it has none."""
+    """Id, number of the supersense and definition of a line; None if it has none."""
     head, bar, gloss = line.partition(" | ")
     fields = head.split(" ", 3)
     definition = gloss.partition('; "')[0].strip()

@@ -68,7 +68,7 @@ class Classifier(Network):
         return files
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         name = self.path or "classifier"
         weights: ClassifierWeights | None = None
         left_out: list[str] = []
@@ -145,7 +145,7 @@ def make_preprocess(side: int, mean_std: str) -> Preprocess:
 
 
 def check_shapes(weights: ClassifierWeights, name: str) -> None:
-    """Raise UserError unless weights fill their architecture, before memory is spent."""
+    """Raise UserError unless weights fit their architecture, before memory is allocated."""
     with torch.device("meta"):
         trunk = weights.architecture.build_trunk()
         head = weights.architecture.build_head()

@@ -58,7 +58,7 @@ class Imported(Network):
         return [existing_file(self.path, "weights file")]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         loaded = checkpoints.load_tensors(self.path, self.prefix)
         prefixes = checkpoint_layouts.encoder_prefixes(loaded)
         weights = weight_prefixes.select_encoder(loaded, prefixes, self.path, self.prefix)

@@ -181,7 +181,7 @@ class OpenClip(Network):
             raise ValueError(str(error)) from error
 
     def files(self) -> list[Path]:
-        """The weights file, where one is named."""
+        """The weights file, if one is named."""
         name, _, weights = self.model.partition("/")
         return named_weights_file(weights, open_clip.list_pretrained_tags_by_model(name))
 

@@ -35,7 +35,7 @@ class Timm(Network):
             raise ValueError(str(error)) from error
 
     def files(self) -> list[Path]:
-        """The weights file, where one is named."""
+        """The weights file, if one is named."""
         return named_weights_file(self.model.partition("/")[2], ("pretrained",))
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:

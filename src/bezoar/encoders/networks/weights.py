@@ -77,7 +77,7 @@ class Weights(Network):
         return [path]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         path = expand_home(self.path)
         if os.path.isdir(path):
             encoder = self._open_folder(path, size)

@@ -80,7 +80,7 @@ class Task:
 
     @property
     def reference(self) -> str:
-        """How the reference is chosen where one is enough: by the rule, where possible."""
+        """The reference if one is enough: the one chosen by the rule, if possible."""
         return "chosen" if "chosen" in self.references else next(iter(self.references))
 
 

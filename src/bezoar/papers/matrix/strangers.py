@@ -123,13 +123,13 @@ class EncoderFamily:
         return Trial(Audit(encoder.verb, self.test, (AUDIT,), bank=()), encoder.seed)
 
     def evaluate(self, encoder: Trial) -> Trial:
-        """Return whether the attack took."""
+        """Measure whether the attack worked."""
         return Trial(Evaluate(encoder.verb, self.test, (self.probe,)), encoder.seed)
 
 
 @method
 class Strangers:
-    """Whether verdicts without a bank are right of encoders that set nothing."""
+    """Whether verdicts without a bank are right for encoders that influenced no rule."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -175,7 +175,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
 
 
 def took(view: AuditView, name: str) -> str:
-    """How long an audit took; "–" where that is not known."""
+    """How long an audit took; "–" if that is unknown."""
     seconds = view.measures.get(f"{name}.seconds")
     return "–" if seconds is None else f"{seconds.value:.1f} s"
 

@@ -50,7 +50,7 @@ class CheckView(RunView):
 
     @property
     def has_trigger(self) -> NDArray[np.bool_] | None:
-        """For each image whether it carries a trigger; None if that is not known."""
+        """For each image whether it carries a trigger; None if that is unknown."""
         return self.scores.get("triggered")
 
 

@@ -110,7 +110,7 @@ class EvaluateView(RunView):
 
     @functools.cached_property
     def probe(self) -> ZeroShot:
-        """The zero-shot probe that was asked for, or the default one."""
+        """The zero-shot probe that was requested, or the default one."""
         specs = [p["spec"] for p in self.ask.get("probe") or ()]
         zero_shot = [spec for spec in specs if spec.startswith("zero_shot")]
         probe: ZeroShot = registry.make("probe", zero_shot[0] if zero_shot else "zero_shot")

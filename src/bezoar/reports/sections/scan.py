@@ -68,7 +68,7 @@ class ScanView(RunView):
 
     @functools.cached_property
     def is_poison(self) -> NDArray[np.bool_] | None:
-        """For each row whether the record is a poison; None if that is not known."""
+        """For each row whether the record is a poison; None if that is unknown."""
         return self.data.plan.mask(self.scores.ids) if self.data.plan.edits else None
 
     @functools.cached_property
