@@ -34,7 +34,6 @@ class BranchSwap:
     pairs: Annotated[
         int, "clean pairs that the rotation is found on, a fixed sample of the training data"
     ] = 5000
-    templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -64,7 +63,7 @@ class BranchSwap:
                 "branch_swap needs the clean twin of the encoder: give it as the baseline"
             )
         ours, twin = (success.TestViews.of(e, test, goals, victims) for e in (encoder, baseline))
-        zero_shot = registry.find_method("probe", "zero_shot")(templates=self.templates)
+        zero_shot = registry.find_method("probe", "zero_shot")()
         our_texts, twin_texts = (zero_shot.head(e, test.classes) for e in (encoder, baseline))
         dimension, twin_dimension = ours.clean.shape[1], twin.clean.shape[1]
         if dimension != twin_dimension:

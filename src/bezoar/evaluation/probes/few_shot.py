@@ -28,9 +28,6 @@ class FewShot:
     shots: Annotated[tuple[int, ...], "labelled records a class"] = (1, 2, 5, 10, 20, 50, 100)
     draws: Annotated[int, "draws of each; the mean is over them"] = 5
     c: Annotated[float, "weight of the data against the penalty, as of the linear probe"] = 0.316
-    standardise: Annotated[
-        bool, "scale every feature to mean 0 and variance 1 over the drawn records"
-    ] = True
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
 
     needs = ("train", "report")
@@ -52,7 +49,7 @@ class FewShot:
         """Return `few_shot.K.clean_accuracy` and the like, K a number or `all`; see `Probe`."""
         views = success.TestViews.of(encoder, test, goals, victims)
         labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
-        linear = registry.find_method("probe", "linear")(self.c, self.standardise)
+        linear = registry.find_method("probe", "linear")(self.c)
         classes = labelled.labels.cpu().numpy()
         largest_class = int(np.bincount(classes).max())
         trials = [
