@@ -28,7 +28,6 @@ from torch import Tensor
 
 from bezoar import registry
 from bezoar.data import randomness
-from bezoar.encoders import fast_linear
 from bezoar.training import loop
 from bezoar.training.augmentation import Chance
 
@@ -37,11 +36,10 @@ MODEL = {
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "head_width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
 }
-SIDES = {  # name -> (whose step, whose products of matrices, allocator settings)
-    "open_clip": ("open_clip", "mkl", False),
-    "bezoar": ("bezoar", "onednn", True),
-    "bezoar, MKL's products": ("bezoar", "mkl", True),
-    "bezoar, no allocator settings": ("bezoar", "onednn", False),
+SIDES = {  # name -> (whose step, allocator settings)
+    "open_clip": ("open_clip", False),
+    "bezoar": ("bezoar", True),
+    "bezoar, no allocator settings": ("bezoar", False),
 }
 LR, WEIGHT_DECAY = (
     5e-4,
@@ -120,13 +118,11 @@ def bezoar_step(batch: int) -> Step:
     return step
 
 
-def serve(form: str, products: str, config: str, batch: int) -> None:
+def serve(form: str, config: str, batch: int) -> None:
     """One side, in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     open_clip.add_model_config(config)
-    if products == "mkl":
-        fast_linear.available = lambda: False
     serve_steps({"open_clip": open_clip_step, "bezoar": bezoar_step}[form](batch))
 
 
@@ -153,7 +149,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(*options.serve, options.batch)
@@ -165,8 +161,8 @@ def main() -> None:
         config.write_text(json.dumps(MODEL))
         batch = str(options.batch)
         sides = {
-            name: Side(__file__, [form, products, str(config), "--batch", batch], settings)
-            for name, (form, products, settings) in SIDES.items()
+            name: Side(__file__, [form, str(config), "--batch", batch], settings)
+            for name, (form, settings) in SIDES.items()
         }
         compare(sides, options.batch, False, "scenes", options.repeats)
         two = {name: sides[name] for name in ("open_clip", "bezoar")}

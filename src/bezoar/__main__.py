@@ -1,4 +1,4 @@
-"""`bezoar` and `python -m bezoar`: set memory options that leave results identical, then run the command line."""
+"""`bezoar` and `python -m bezoar`: sets memory options that keep results identical, then runs."""
 
 import os
 import sys
@@ -9,11 +9,11 @@ ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": 
 
 
 def run() -> int:
-    """Start the process anew where the variables are missing; otherwise run the command line. Returns the exit status."""
+    """Restart the process if the variables are missing, else run. Returns the exit status."""
     if sys.platform == "linux" and any(key not in os.environ for key in ALLOCATION):
         os.environ.update(ALLOCATION)
         os.execv(sys.executable, [sys.executable, "-m", "bezoar", *sys.argv[1:]])
-    # Imported here because a process that starts anew does not need them, and only torchrun's processes need torch at once.
+    # Imported here: a process that restarts does not need them.
     from bezoar.cli import main
 
     if "TORCHELASTIC_RUN_ID" in os.environ:

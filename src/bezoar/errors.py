@@ -1,4 +1,4 @@
-"""The exception for mistakes in the user's input, and what is said of other exceptions."""
+"""The exceptions for mistakes in the user's input, and texts about other exceptions."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,21 +9,23 @@ INVITATION = "Weights only load failed"
 
 
 class UserError(Exception):
-    """The user's input is at fault, not the program.
+    """The user's input is wrong, not the program.
 
-    The message is one line that names what was expected and what exists. The command line prints it and exits with 2.
+    The message is one line that names what was expected and what exists. The command line prints it
+    and exits with 2.
     """
 
 
 class UnwritableError(UserError):
-    """A file cannot be written: the disk is full, say. It is not what was asked that is at fault.
+    """A file cannot be written, for example because the disk is full.
 
-    Who goes on without what was refused must not go on after this: the same command, asked again, can do it.
+    Code that skips invalid parts of the input must not skip this: the same command can succeed
+    later.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class where it has none.
+    """The first line of an exception's message, or its class if it has none.
 
     Torch's invitation to unpickle a file that it refuses is not handed on.
     """
@@ -32,13 +34,16 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
-    """` (did you mean NAME?)` with the name that is most like what was written; "" where none is like it."""
+    """` (did you mean NAME?)` with the most similar name; "" if none is similar."""
     near = difflib.get_close_matches(name[:100], list(names), 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
 def expand_home(path: str) -> Path:
-    """The path with `~` or `~user` at its beginning replaced. Raises UserError for a user whom nobody knows."""
+    """The path with `~` or `~user` at its beginning replaced.
+
+    Raises UserError for an unknown user.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

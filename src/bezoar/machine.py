@@ -1,4 +1,4 @@
-"""The machine that bezoar runs on: memory, cores, threads, ranks under torchrun. Imports no torch."""
+"""The machine: memory, cores, threads, ranks under torchrun. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
-# What OpenMP's threads do between two pieces of work: sleep, in GNU's, every, and LLVM's and Intel's implementation. By
-# default they spin, and where other work wants the cores they spin for one another: a step then takes many times as long.
+# OpenMP's threads sleep between two pieces of work, in GNU's, LLVM's and Intel's implementation. By
+# default they spin; if other processes want the cores, a step then takes many times as long.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take, by the system and by its control group; 0 where neither says."""
+    """Bytes that this process can still use, by the system and its control group; 0 if unknown."""
     limits = []
     if (meminfo := Path("/proc/meminfo")).exists():
         lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -34,16 +34,16 @@ def free_memory() -> int:
 
 
 def cores() -> int:
-    """Return how many cores this process may keep busy: those that it may run on, and no more than its control groups grant."""
+    """The number of cores that this process may use, within the limits of its control groups."""
     usable = usable_cores()
     quota = cpu_quota()
     return usable if quota is None else max(1, min(usable, int(quota + 0.5)))
 
 
 def free_cores() -> float:
-    """About how many cores' worth of time the threads of this process get beside what the machine does now."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(cores(), int(wanted)) if wanted.isdigit() and int(wanted) else cores()
+    """The approximate number of cores that this process gets, given the machine's present load."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(cores(), int(requested)) if requested.isdigit() and int(requested) else cores()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return threads * min(1.0, usable_cores() / (load + threads))
 
@@ -54,9 +54,9 @@ def usable_cores() -> int:
 
 
 def cpu_quota() -> float | None:
-    """The cores' worth of time that the control groups of this process grant, such as 1.5; None without a limit.
+    """The cores that the control groups of this process grant, such as 1.5; None without a limit.
 
-    Both versions of control groups are read. A group is also bound by those above it.
+    Both versions of control groups are read. The limits of parent groups count too.
     """
     quotas: list[float] = []
     with contextlib.suppress(OSError, ValueError):
@@ -68,7 +68,7 @@ def cpu_quota() -> float | None:
 
 
 def _group_folders(controllers: Sequence[str], path: str) -> Iterator[Path]:
-    """The folder of a control group and those above it. In a container the group's path may begin outside of it."""
+    """The folders of a control group and its parents. In a container its path may begin outside."""
     if controllers == [""]:  # version 2
         bases = [CONTROL_GROUPS, CONTROL_GROUPS / "unified"]
     elif "cpu" in controllers:
@@ -82,7 +82,7 @@ def _group_folders(controllers: Sequence[str], path: str) -> Iterator[Path]:
 
 
 def _read_quota(folder: Path) -> list[float]:
-    """The quota that a control group's folder states, in cores; empty where it states none."""
+    """The quota that a control group's folder states, in cores; empty if it states none."""
     with contextlib.suppress(OSError, ValueError, IndexError, ZeroDivisionError):
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()[:2]
@@ -94,10 +94,11 @@ def _read_quota(folder: Path) -> list[float]:
 
 
 def set_threads() -> None:
-    """Set how many threads OpenMP and MKL start, and that they sleep while they wait. A user's own settings win.
+    """Set how many threads OpenMP and MKL start, and that they sleep while they wait.
 
-    OpenMP reads the variables when it is loaded, so this has to come before torch and numpy are imported. Threads beyond a
-    quota would only use it up sooner, and all of them then stand still until the next period.
+    The user's own settings win. OpenMP reads the variables when it is loaded, so call this before
+    torch and numpy are imported. Threads beyond a quota would only use it up sooner, and all of
+    them then wait for the next period.
     """
     if "torch" in sys.modules:
         return
@@ -118,8 +119,9 @@ def world_size() -> int:
 
 
 def torchrun_variable(name: str, default: int) -> int:
-    """A number that torchrun hands to its processes in an environment variable.
+    """A number that torchrun passes to its processes in an environment variable.
 
-    Other launchers set RANK and WORLD_SIZE too, without processes that would wait for this one; they are ignored.
+    Other launchers set RANK and WORLD_SIZE too, without processes that wait for this one; these are
+    ignored.
     """
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default

@@ -22,7 +22,7 @@ class FieldDescription(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a method's source text says of it."""
+    """A method's description, from its source text."""
 
     name: str
     summary: str
@@ -30,7 +30,7 @@ class Description:
 
 
 class FieldNode(NamedTuple):
-    """A field of a class in its source text. marks: what `Annotated` holds beside the type."""
+    """A field of a class in its source text. marks: the arguments of `Annotated` after the type."""
 
     name: str
     type: ast.expr
@@ -79,10 +79,11 @@ def field_nodes(cls: ast.ClassDef) -> Iterator[FieldNode]:
 
 
 def resolve_default(text: str, module: ast.Module) -> str:
-    """Replace the name of a constant or type by what stands in the source text for it.
+    """Replace the name of a constant or type by its source text.
 
-    `training_traces.NETWORK` becomes `'clip_small'`. The constant is looked up in the module itself, or in the module of
-    bezoar's that it is imported from. Any other text is returned as it is.
+    `training_traces.NETWORK` becomes `'clip_small'`. The constant is looked up in the module
+    itself, or in the module of bezoar's that it is imported from. Any other text is returned
+    unchanged.
     """
     prefix, _, name = text.rpartition(".")
     for node in module.body:
@@ -109,9 +110,9 @@ def _assigned_pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
 
 
 def check_spec(kind: str, text: str) -> dict[str, str]:
-    """The texts of a spec's fields, read without an import of the method: for arguments that are checked before torch.
+    """The texts of a spec's fields, without importing the method: for checks before torch is loaded.
 
-    Raises UserError as `parse_spec` does. The fields of a user's own file are left to it.
+    Raises UserError as `parse_spec` does. The fields of a user's own file are not checked.
     """
     name, _, rest = text.strip().partition(":")
     path = registry.method_path(kind, name)
@@ -121,7 +122,7 @@ def check_spec(kind: str, text: str) -> dict[str, str]:
 
 
 def has_flag(kind: str, text: str, flag: str) -> bool:
-    """Return whether the class of a spec's method sets a class variable to True, by its source text. Raises UserError."""
+    """Whether a spec's method sets a class variable to True. Raises UserError for no method."""
     path = registry.method_path(kind, text.strip().partition(":")[0])
     cls = class_node(ast.parse(path.read_text(encoding="utf-8")), registry.class_name(path.stem))
     for node in cls.body if cls else ():

@@ -1,4 +1,4 @@
-"""Progress with an estimate of the time left, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress with an estimate of the remaining time, on stderr: a bar on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.progress import TaskID
 from bezoar.terminal import clean_line, warn
 
 LONGEST_STEP = 120  # characters of what is worked on
-PRINT_EVERY = 10.0  # seconds between lines where there is no terminal
+PRINT_EVERY = 10.0  # seconds between lines without a terminal
 ProgressReport = Callable[[int, int, str], Any]  # steps done, steps in all, what is being done
 
 
 def no_report(done: int, total: int, what: object) -> None:
-    """Report progress to nobody."""
+    """A report that does nothing."""
 
 
 class Progress:
@@ -30,7 +30,7 @@ class Progress:
 
     Args:
         quiet: print nothing.
-        title: what stands before every line, such as a verb's name.
+        title: the beginning of every line, such as a verb's name.
     """
 
     def __init__(self, quiet: bool, title: str) -> None:
@@ -59,7 +59,10 @@ class Progress:
             warn(f"{self.title}: {time.monotonic() - self._start:.1f} s")
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        """Show that `done` of `total` steps are done. Another total, or a `done` of 0, begins a new phase."""
+        """Show that `done` of `total` steps are done.
+
+        Another total, or a `done` of 0, begins a new phase.
+        """
         if self._phase_total != total or done == 0:
             self._phase_total = total
             self._phase_start = time.monotonic()

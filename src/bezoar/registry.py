@@ -1,10 +1,11 @@
-"""Methods and their specs: which methods there are, and how a configured method is written as text.
+"""Methods and their specs: finds methods, and writes configured methods as text.
 
-A *method* is one file with one frozen dataclass named like the file: `detectors/k_distance.py` holds `KDistance`. The
-file system is the registry. A *spec* is the text of a configured method, such as `dao:k=16,pool=4096`: the name (or a
-path to a `.py` file of the user's own), then `field=value` pairs. A value that holds commas stands in (), [], {} or "".
-A first value without `=` goes to the method's first field: `open_clip:RN50`, `file:trigger.npz`. A value may be a spec
-itself, in brackets where it holds commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
+A *method* is one file with one frozen dataclass named like the file: `detectors/k_distance.py`
+holds `KDistance`. The file system is the registry. A *spec* is the text of a configured method,
+such as `dao:k=16,pool=4096`: the name (or the path of a user's own `.py` file), then `field=value`
+pairs. A value with commas is put into (), [], {} or "". A first value without `=` belongs to the
+method's first field: `open_clip:RN50`, `file:trigger.npz`. A value may itself be a spec, in
+brackets if it has commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
 
 This module imports no torch, so that the command line's help is instant.
 """
@@ -51,19 +52,19 @@ OPENING, CLOSING = "([{", ")]}"
 
 
 def method(cls: type) -> Any:
-    """Make a class a method: a frozen dataclass whose fields are its hyper-parameters. It is not registered anywhere."""
+    """Make a class a method: a frozen dataclass whose fields are its hyper-parameters."""
     return dataclass(frozen=True)(cls)
 
 
 def method_names(kind: str) -> list[str]:
-    """The methods of a kind that ship with bezoar, by file name; one in a folder is `carlini2022/poisons`."""
+    """The methods of a kind that ship with bezoar, by file name, such as `carlini2022/poisons`."""
     folder = PACKAGE / KINDS[kind]
     files = [path for path in folder.rglob("*.py") if not path.stem.startswith("_")]
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
 
 def method_name(cls: type) -> str:
-    """The name of a method in specs: its file's stem, or the path of the file where it is the user's own."""
+    """The name of a method in specs: its file's stem, or the path of a user's own file."""
     module = cls.__module__.replace(".", "/")
     folder = next((f for f in KINDS.values() if module.startswith(f"bezoar/{f}/")), None)
     if folder:
@@ -77,12 +78,12 @@ def class_name(stem: str) -> str:
 
 
 def call(configured: Any, *arguments: Any, **offered: Any) -> Any:
-    """Call a method with the arguments of its kind, and with those of the offered ones that its `needs` name."""
+    """Call a method with the arguments of its kind, and those offered that its `needs` name."""
     return configured(*arguments, **{k: offered[k] for k in needs(configured) if k in offered})
 
 
 def needs(configured: Any) -> tuple[str, ...]:
-    """The names of what a method asks for beyond the arguments of its kind."""
+    """The names of a method's further arguments beyond those of its kind."""
     return tuple(getattr(configured, "needs", ()))
 
 
@@ -92,9 +93,9 @@ def has_fields(configured: Any, *names: str) -> bool:
 
 
 def source_hash(cls: type) -> str:
-    """Hash (sha256, 16 digits) of the method's file, and of its package's `__init__.py` for a method of bezoar's.
+    """Hash (sha256, 16 digits) the method's file, and the `__init__.py` of bezoar's packages.
 
-    A method whose code changed is another question, so the hash is part of what a run is named by.
+    A method with changed code is another question, so the hash is part of a run's name.
     """
     file = Path(inspect.getfile(cls))
     shared = file.with_name("__init__.py")
@@ -109,7 +110,7 @@ def make(kind: str, text: str) -> Any:
     """Make a configured method from a spec.
 
     Raises:
-        UserError: for an unknown method or field, a value that does not fit its field, or a field that is missing.
+        UserError: for an unknown method or field, an invalid value, or a missing field.
     """
     cls, texts = parse_spec(kind, text)
     types_of_fields = typing.get_type_hints(cls)
@@ -128,7 +129,7 @@ def make(kind: str, text: str) -> Any:
 
 
 def spec(configured: Any) -> str:
-    """Write a configured method as a spec with every field spelled out, such that `make(kind, spec(m)) == m`."""
+    """Write a configured method as a spec with every field: `make(kind, spec(m)) == m`."""
     cls = type(configured)
     values = {f.name: getattr(configured, f.name) for f in dataclasses.fields(cls)}
     parts = [f"{name}={spec_value(value)}" for name, value in values.items() if value is not None]
@@ -136,7 +137,7 @@ def spec(configured: Any) -> str:
 
 
 def spec_value(value: Any) -> str:
-    """Write a field's value so that it can stand in a spec."""
+    """Write a field's value for a spec."""
     if isinstance(value, tuple):
         return "(" + ",".join(map(spec_value, value)) + ")"
     if isinstance(value, bool):
@@ -151,7 +152,7 @@ def spec_value(value: Any) -> str:
 def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
     """Split a spec into the method's class and the texts of its fields, unconverted.
 
-    Raises UserError for an unknown method or field, and lists those that there are.
+    For an unknown method or field, raises UserError, which lists the known ones.
     """
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
@@ -159,7 +160,10 @@ def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
 
 
 def method_path(kind: str, name: str) -> Path:
-    """The file of a method by its name, or by the path of a user's own. Raises UserError where there is none."""
+    """The file of a method by name, or by the path of a user's own.
+
+    Raises UserError without one.
+    """
     if name.endswith(".py"):
         path = expand_home(name).resolve()
         if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
@@ -174,7 +178,7 @@ def method_path(kind: str, name: str) -> Path:
 
 
 def split_fields(kind: str, name: str, rest: str, fields: list[str]) -> dict[str, str]:
-    """The texts of a spec's fields. fields: those that the method has. Raises UserError for any other."""
+    """The texts of a spec's fields. fields: those of the method. Raises UserError for any other."""
     texts: dict[str, str] = {}
     parts = [part for part in split_outside_brackets(rest, ",") if part.strip()]
     for i, part in enumerate(parts):
@@ -193,7 +197,7 @@ def split_fields(kind: str, name: str, rest: str, fields: list[str]) -> dict[str
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
-    """Split a text at a separator (one character) wherever it stands outside brackets and quotes."""
+    """Split a text at a separator (one character) outside of brackets and quotes."""
     if len(text) > MAX_SPEC:
         raise UserError(f"a spec has {len(text)} characters; expected {MAX_SPEC} at most")
     parts: list[str] = []
@@ -222,8 +226,10 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
     """Convert a text to a value of an annotated type.
 
     Args:
-        hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or None.
-        where: what the text belongs to, for the error message.
+        text: the text.
+        hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these
+            or None.
+        where: the owner of the text, for the error message.
     """
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
@@ -259,12 +265,12 @@ def convert_text(text: str, hint: Any, where: str) -> Any:
 
 
 def _partition_field(part: str) -> tuple[str, str, str]:
-    """`field=value` -> its three parts; a value in brackets may hold an `=` and has no field of its own."""
+    """`field=value` -> its three parts; a value in brackets may hold an `=` and has no field."""
     return ("", "", "") if part.lstrip()[:1] in tuple(OPENING) else part.partition("=")
 
 
 def _is_wrapped(text: str) -> bool:
-    """Return whether quotes or round brackets stand around the whole of a text; `(a)+(b)` has none."""
+    """Whether quotes or round brackets enclose the whole text; not in `(a)+(b)`."""
     if len(text) < 2 or text[0] + text[-1] not in ('""', "()"):
         return False
     if text[0] == '"':
@@ -298,21 +304,24 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 def find_method(kind: str, name: str) -> type:
     """Find the class of a method by its name, or by the path of its file.
 
-    Loading a file runs its code. This happens only where the user has named the file (see `allow`): specs also come from
-    plans, manifests and saved encoders, which anybody may have written.
+    Loading a file runs its code. This happens only if the user has named the file (see `allow`):
+    specs also come from plans, manifests and saved encoders, which anybody may have written.
 
     Raises:
-        UserError: if there is no such method or file, the user has not named the file, or it defines no such class.
+        UserError: if there is no such method or file, the user has not named the file, or it
+            defines no such class.
     """
     path = method_path(kind, name)
     if name.endswith(".py"):
         module = _load_file(kind, name, path)
     else:
         module = importlib.import_module(f"bezoar/{KINDS[kind]}/{name}".replace("/", "."))
-    wanted = class_name(Path(name).stem)
-    cls = getattr(module, wanted, None)
+    expected_name = class_name(Path(name).stem)
+    cls = getattr(module, expected_name, None)
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
-        raise UserError(f"{kind} {name!r}: the file must define a method class named {wanted}")
+        raise UserError(
+            f"{kind} {name!r}: the file must define a method class named {expected_name}"
+        )
     return cls
 
 
@@ -335,10 +344,10 @@ _named: set[str] = set()  # files that the user has named in this process
 
 
 def allow(text: str) -> None:
-    """Let the method files that a spec names be loaded.
+    """Allow the method files that a spec names to be loaded.
 
-    Call it with what the user wrote, never with what a file holds. The files are remembered for later processes; where
-    there is no home directory to remember them in, for this process alone.
+    Call it only with the user's own text, never with the contents of a file. The files are
+    remembered for later processes, or for this process alone if there is no home directory.
     """
     for name in method_files(text):
         path = str(expand_home(name).resolve())
@@ -353,7 +362,7 @@ def allow(text: str) -> None:
 
 
 def allowed_files() -> set[str]:
-    """Method files that the user has named, in this process or an earlier one, and those in BEZOAR_METHODS."""
+    """Method files that the user has named, now or earlier, and those in BEZOAR_METHODS."""
     record = _record().read_text(errors="surrogateescape") if _record().is_file() else ""
     variable = os.environ.get("BEZOAR_METHODS", "").split(os.pathsep)
     return (
@@ -369,7 +378,7 @@ def _record() -> Path:
 
 
 def state_folder() -> Path:
-    """The folder of what bezoar remembers of a user. Raises RuntimeError for one without a home."""
+    """The folder for facts that bezoar remembers of a user. Raises RuntimeError without a home."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "bezoar"
 

@@ -1,7 +1,7 @@
-"""Printing of text from files that anybody may have written: cut, and without terminal escapes.
+"""Prints untrusted text: shortened, and without terminal escapes.
 
-Names of files and columns, captions, verdicts and statuses come out of files that anybody may have written. Whatever
-bezoar prints goes through here.
+Names of files and columns, captions, verdicts and statuses come from files that anybody may have
+written. All output of bezoar goes through here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import unicodedata
 from typing import TextIO
 
 LONGEST = 4000  # characters of a line
-TAIL = 500  # of these, from the end of a text that is cut: it names what there is
+TAIL = 500  # characters from the end of a text that is shortened, which names the choices
 # Categories of characters that no line holds as they are: controls, formats (among them those that turn the direction of
 # text), surrogates, separators of lines and paragraphs.
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -20,7 +20,7 @@ JOINERS = "\u200c\u200d"  # part of words in Persian and Hindi, and of emoji
 
 
 def clean_line(text: object, longest: int = LONGEST) -> str:
-    """One line of a text: control characters are spelt out as in Python, and the middle of a long text is left out."""
+    """One line of text: control characters are escaped, and long texts are shortened."""
     line = str(text)
     if len(line) > longest:
         tail = min(TAIL, longest // 2)
@@ -36,7 +36,7 @@ def print_line(text: object, file: TextIO | None = None) -> None:
 
 
 def clean_json(text: str) -> str:
-    """A JSON text with characters that a terminal would obey spelt out as JSON spells them; the value is the same."""
+    """A JSON text whose control characters are escaped as in JSON; its value is unchanged."""
     if text.isascii() and "\x7f" not in text:
         return text
     return "".join(

@@ -453,28 +453,6 @@ def test_gtsrb(tmp_path: Path) -> None:
     refused(f"gtsrb:root={tmp_path}/none", "download=true")
 
 
-def test_food101(tmp_path: Path) -> None:
-    base = tmp_path / "food-101"
-    (base / "meta").mkdir(parents=True)
-    for name in ("apple_pie/1.jpg", "waffles/2.jpg"):
-        save(base / "images" / name, 40)
-    save(tmp_path / "outside.jpg")
-    listed = {"waffles": ["waffles/2", "../../outside"], "apple_pie": ["apple_pie/1"]}
-    (base / "meta" / "train.json").write_text(json.dumps(listed))
-    pairs = read(f"food101:root={tmp_path},size=32")
-    assert pairs.ids == ("waffles/2.jpg", "apple_pie/1.jpg") and pairs.classes == (
-        "apple_pie",
-        "waffles",
-    )
-    assert (
-        pairs.labels is not None
-        and pairs.labels.tolist() == [1, 0]
-        and pairs.captions[1] == "a photo of a apple pie"
-    )
-    assert skipped(pairs) == [("../../outside.jpg", "path leaves the data set's folder")]
-    refused(f"food101:root={tmp_path}/none", "download=true")
-
-
 @pytest.mark.parametrize(
     "text", ["shards:path=a", "table:path=a", "folder:path=a", "npz:path=a", "cifar10", "svhn"]
 )

@@ -432,34 +432,6 @@ def test_clips_image_tower_alone(name, prefix, clips, tmp_path):
         network(f"imported:path={tmp_path / 'model.pth'},size=64")
 
 
-def test_an_attacked_image_tower_is_joined_to_published_text(clips, tmp_path):
-    attacked, path = clips["tiny-rn"], tmp_path / "model.pth"
-    published = jumbled(open_clip.create_model("tiny-rn"))
-    torch.save(
-        {"state_dict": {"visual." + k: v for k, v in attacked.visual.state_dict().items()}}, path
-    )
-    torch.save(published.state_dict(), tmp_path / "published.pth")
-    encoder = network(f"imported:path={path},text=tiny-rn/{tmp_path / 'published.pth'}")
-    x, captions = torch.randn(2, 3, 32, 32), ["a dog", "a cat on a mat"]
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.image(x), attacked.encode_image(x))
-        tokens = open_clip.get_tokenizer("tiny-rn")(captions)
-        torch.testing.assert_close(
-            encoder.encode_texts(captions), published.encode_text(tokens, normalize=True)
-        )
-    encoder.save(tmp_path)
-    loaded = Encoder.load(tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded.encode_images(x.sigmoid()), encoder.eval().encode_images(x.sigmoid())
-        )
-    with pytest.raises(UserError, match="text=tiny-vit is of another architecture"):
-        network(f"imported:path={path},text=tiny-vit")
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(UserError, match="holds no image tower of CLIP"):
-        network(f"imported:path={tmp_path / 'resnet.pth'},text=tiny-rn")
-
-
 def test_both_towers_of_clip_ask_for_what_their_keys_do_not_say(clips, tmp_path):
     source, path = clips["tiny-rn"], tmp_path / "model.pth"
     numbers = {

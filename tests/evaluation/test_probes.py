@@ -245,7 +245,6 @@ SPECS = [
     "linear:c=100",
     "linear:c=1000,standardise=false",
     "knn:k=5",
-    "knn:k=5,vote=majority",
 ]
 
 
@@ -327,7 +326,7 @@ def test_linear_is_scikit_learns_logistic_regression(exact, standardise, monkeyp
 def test_linear_minimises_cross_entropy_and_half_the_squared_weights(classes, monkeypatch):
     monkeypatch.setattr(linear, "TOLERANCE", 1e-9)
     x, y = clouds(classes)
-    head = linear.fit_logistic(x.double(), y, classes, 0.7, 1000)
+    head = linear.fit_logistic(x.double(), y, classes, 0.7)
     weight, bias = (v.clone().requires_grad_() for v in (head.weight, head.bias))
     logits = x.double() @ weight.T + bias
     loss = 0.7 * torch.nn.functional.cross_entropy(logits, y, reduction="sum")
@@ -337,10 +336,11 @@ def test_linear_minimises_cross_entropy_and_half_the_squared_weights(classes, mo
 
 def test_linear_gives_the_same_in_blocks_and_stops_when_told(monkeypatch):
     x, y = torch.randn(70, 6, generator=torch.Generator().manual_seed(1)), torch.arange(70) % 3
-    whole = linear.fit_logistic(x, y, 3, 1.0, 100)
-    assert linear.fit_logistic(x, y, 3, 1.0, 1).about.startswith("1 iterations")
+    whole = linear.fit_logistic(x, y, 3, 1.0)
     monkeypatch.setattr(linear, "CELLS", 50)
-    assert torch.allclose(linear.fit_logistic(x, y, 3, 1.0, 100).weight, whole.weight, atol=1e-4)
+    assert torch.allclose(linear.fit_logistic(x, y, 3, 1.0).weight, whole.weight, atol=1e-4)
+    monkeypatch.setattr(linear, "ITERATIONS", 1)
+    assert linear.fit_logistic(x, y, 3, 1.0).about.startswith("1 iterations")
 
 
 def test_linear_never_reads_a_class_without_records():
@@ -352,12 +352,11 @@ def test_linear_never_reads_a_class_without_records():
         assert set(head(x).argmax(1).tolist()) == set(y[rows].tolist())
 
 
-@pytest.mark.parametrize("vote", ["weighted", "majority"])
-def test_knn_votes_as_a_plain_loop_does(vote):
+def test_knn_votes_as_a_plain_loop_does():
     g = torch.Generator().manual_seed(0)
     q, r = (torch.nn.functional.normalize(torch.randn(n, 4, generator=g), dim=1) for n in (9, 40))
     labels = torch.randint(0, 6, (40,), generator=g)
-    probe = registry.make("probe", f"knn:k=7,temperature=0.1,vote={vote}")
+    probe = registry.make("probe", "knn:k=7,temperature=0.1")
     votes = probe.votes(q, r, labels, 6)
     for i in range(9):
         cosines = sorted(
@@ -365,7 +364,7 @@ def test_knn_votes_as_a_plain_loop_does(vote):
         )[:7]
         plain = np.zeros(6)
         for s, j in cosines:
-            plain[labels[j]] += np.exp(s / 0.1) if vote == "weighted" else 1
+            plain[labels[j]] += np.exp(s / 0.1)
         assert np.allclose(votes[i].numpy() / votes[i].sum().item(), plain / plain.sum(), atol=1e-5)
 
 
@@ -591,7 +590,9 @@ def test_heads_learn_from_the_clean_records_of_a_poisoned_set_and_never_from_tes
         refusing.setattr(inputs, "load_encoder", lambda *a: pytest.fail("weights are loaded first"))
         execute(Evaluate(bad, "scenes:count=200", ("linear",)), settings)
     with pytest.raises(UserError, match="two of the probes measure 'attack_success'"):
-        execute(Evaluate(bad, "scenes:count=200", ("zero_shot", "zero_shot:batch=100")), settings)
+        execute(
+            Evaluate(bad, "scenes:count=200", ("zero_shot", "zero_shot:templates=openai")), settings
+        )
 
 
 def test_labelled_data_are_read_by_nobody_who_does_not_ask(runs, monkeypatch):

@@ -52,10 +52,10 @@ def find_mentions(captions: Sequence[str], target: str) -> list[int]:
 
 
 def compose(text: str) -> str:
-    """A text in Unicode form NFC, in a time that grows with its length.
+    """Normalise a text to Unicode form NFC, in linear time.
 
-    Python sorts a run of marks in the square of its length, so that a caption of 4 MB would take an
-    hour: text is taken in parts, which begin at an ASCII character where there is one.
+    Python sorts runs of combining marks in quadratic time, which would take an hour for 4 MB. So
+    the text is normalised in parts, which begin at an ASCII character if there is one.
     """
     return "".join(unicodedata.normalize("NFC", part) for part in PARTS.findall(text))
 
@@ -80,7 +80,7 @@ def _likely_captions(captions: Sequence[str], words: Sequence[str]) -> Iterable[
 
 
 def _is_whole(text: str, start: int, stop: int) -> bool:
-    """Tell whether text[start:stop] is something, and not a part of longer words."""
+    """Whether text[start:stop] is a whole word or several, not a part of longer words."""
     if stop == start:
         return False
     begins = start == 0 or not (_joins_words(text[start - 1]) and _joins_words(text[start]))
@@ -89,7 +89,7 @@ def _is_whole(text: str, start: int, stop: int) -> bool:
 
 
 def _joins_words(character: str) -> bool:
-    """Tell whether a character beside another such one belongs to the same word."""
+    """Whether a character next to another such one belongs to the same word."""
     # Vowel signs of Indian scripts are marks; the marks that enclose or style emoji are not.
     is_word = (
         character.isalnum()

@@ -1,8 +1,8 @@
-"""Layers of colour with transparency, which drawn triggers paint on images, and what their fields have in common.
+"""Paints layers of colour with transparency on images, for drawn triggers.
 
-A layer is float32 (n, 4, h, w): red, green and blue times the cover, 0..255, then the cover, 0..1. What a record
-draws (a place, a turn, a colour) belongs to its id. Angles are turned into sines by Python's `math`, one record at a
-time, so that no record's pixels depend on its batch.
+A layer is float32 (n, 4, h, w): red, green and blue times the cover, 0..255, then the cover, 0..1.
+Draws of a record (place, rotation, colour) depend on its id. Sines of angles are computed by
+Python's `math`, one record at a time, so that a record's pixels do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def check_spot(place: str) -> None:
 
 
 def choose_between(values: tuple[float, ...], u: Floats) -> Floats:
-    """Return the numbers that u in [0, 1), of any shape, chooses within one number or a range."""
+    """Map uniform numbers u in [0, 1), of any shape, to one number or into a range."""
     return values[0] + u * (values[-1] - values[0])
 
 
@@ -70,7 +70,7 @@ def sines(degrees: Sequence[float] | Floats) -> Floats:
 
 
 def to_layer(colours: Tensor, cover: Tensor) -> Tensor:
-    """Make a layer (n, 4, h, w) of colours, (n|1, 3, h|1, w|1) in 0..255, and a cover, (n|1, 1, h, w)."""
+    """Make a layer (n, 4, h, w): colours (n|1, 3, h|1, w|1) 0..255, cover (n|1, 1, h, w)."""
     rgb = colours * cover
     return torch.cat((rgb, cover.expand(len(rgb), -1, -1, -1)), dim=1)
 
@@ -83,7 +83,7 @@ def paint(
     """Paint a layer on each image: (1 - cover) x + colour, rounded and clamped.
 
     Args:
-        images: uint8 (N, 3, H, W); they are left as they are.
+        images: uint8 (N, 3, H, W); they are not changed.
         draw: makes the layers of some of the images, (n, 4, h, w), or one for all, (1, 4, h, w).
         positions: int64 (N, 2), row and column of each layer's upper left pixel. A layer must lie
             inside the image. None: layers are as large as the images.
@@ -105,7 +105,7 @@ def paint(
 
 
 def to_column(values: Floats) -> Tensor:
-    """Return numbers (n,) as float32 (n, 1, 1), one a record, to be used beside pixels."""
+    """Return numbers (n,), one a record, as float32 (n, 1, 1) for arithmetic with pixels."""
     return torch.from_numpy(values.astype(np.float32))[:, None, None]
 
 

@@ -1,13 +1,14 @@
-"""A patch that an encoder reads as the target already, before any poison (BadCLIP: Liang et al., CVPR 2024).
+"""Optimises a patch that a surrogate reads as the target (BadCLIP: Liang et al., CVPR 2024).
 
-Poisons that bear it change an encoder like the surrogate little, which is why repairs that tune it
-leave the backdoor: it lies where clean training puts the target. The paper's two terms are kept:
+Poisons with such a patch change an encoder like the surrogate only a little. Repairs that tune the
+encoder then leave the backdoor, which agrees with clean training. Both terms of the paper are kept:
 triggered images agree with captions of the target more than with those of other images, and they
-lie nearer to the target's images than to themselves without the patch, by a margin. The paper's
-weight of the second term, 500, stands beside CLIP's temperature of .01. Here it is 5 beside .07: on
-a small CLIP of scenes (accuracy .90) patches of 6 px alone were read as the target in 0 and 2 % of
-images with a weight of 100, in 2 and 5 % with 5 (two targets, 290 images each). The paper's
-augmentation of captions is left out, and steps are fewer and larger (its code: Adam with rate .001
+are nearer to the target's images than to themselves without the patch, by a margin.
+
+Deviations: the paper weighs the second term by 500 with CLIP's temperature of .01; here the weight
+is 5 with .07. On a small CLIP of scenes (accuracy .90), patches of 6 px alone were read as the
+target in 0 and 2 % of images with a weight of 100, and in 2 and 5 % with 5 (two targets, 290 images
+each). Captions are not augmented, and steps are fewer and larger (the code: Adam with rate .001
 over 50 passes of 10,000 pairs).
 """
 
@@ -37,7 +38,7 @@ TEXT_BATCH = 512
 
 
 class PatchTrigger(Protocol):
-    """What places the patch: trigger `patch`."""
+    """The part of trigger `patch` that gives the patch's places."""
 
     @property
     def size(self) -> int: ...
@@ -51,12 +52,12 @@ class PatchTrigger(Protocol):
 
 @dataclass(frozen=True)
 class TargetVectors:
-    """What the patch is optimised towards, unit rows of the surrogate.
+    """The vectors that the patch is optimised towards, unit rows of the surrogate.
 
     Attributes:
-        images: of the target's images, (P, D).
-        captions: of the captions that mention it, (P, D); None without a text tower.
-        other_captions: of the other images' own captions, (N, D); None without a text tower.
+        images: vectors of the target's images, (P, D).
+        captions: vectors of the captions that mention it, (P, D); None without a text tower.
+        other_captions: vectors of the other images' captions, (N, D); None without a text tower.
     """
 
     images: Tensor
@@ -72,21 +73,21 @@ def optimise_patch(
     seed: int,
     report: ProgressReport = no_report,
 ) -> Tensor:
-    """Optimise a patch on images that do not show the target, by Adam.
+    """Optimise a patch on images that do not show the target, with Adam.
 
     Args:
-        encoder: the surrogate, which is left as it is.
+        encoder: the surrogate, which is not changed.
         records: images and captions; those that mention the target are its images.
         target: class or word.
         trigger: size and place of the patch.
-        seed: of its first pixels, and of the order of images.
+        seed: seed of its initial pixels, and of the order of images.
         report: called with the step, the number of steps and the loss.
 
     Returns:
         uint8 (3, size, size) on the CPU.
 
     Raises:
-        UserError: if no caption mentions the target, or every one does.
+        UserError: if no caption mentions the target, or all do.
     """
     mentions = set(find_mentions(records.captions, target))
     rows = sample_rows(list(records.ids), len(records), seed).tolist()
@@ -143,8 +144,8 @@ def patch_loss(
 ) -> Tensor:
     """Return the loss of one step.
 
-    With z the triggered images' vectors, x those of the images as they are, a and w the target's
-    images and captions, and v_j the captions of the batch,
+    With z the triggered images' vectors, x those of the images without the patch, a and w the
+    target's images and captions, and v_j the captions of the batch,
 
         mean -log [ exp(s z.w) / (exp(s z.w) + sum over j of exp(s z.v_j)) ]
         + IMAGE_WEIGHT mean max(0, |z - a| - |z - x| + MARGIN)
@@ -152,7 +153,7 @@ def patch_loss(
     Args:
         patch: float (3, size, size) in 0..1.
         images: the batch, B records.
-        vectors: what it is optimised towards.
+        vectors: the vectors of the target and of the other captions.
         batch: int64 (B,), rows of the batch in `vectors.other_captions`.
         towards: int64 (B,), for each image a row of `vectors.images` and `vectors.captions`.
     """
@@ -169,8 +170,8 @@ def patch_loss(
     loss: Tensor = IMAGE_WEIGHT * (gap + MARGIN).clamp(min=0).mean()
     if vectors.captions is None or vectors.other_captions is None:
         return loss
-    wanted = (z * vectors.captions[towards]).sum(1, keepdim=True)  # (B, 1)
-    logits = SCALE * torch.cat([wanted, z @ vectors.other_captions[batch].T], 1)  # (B, 1 + B)
+    agreement = (z * vectors.captions[towards]).sum(1, keepdim=True)  # (B, 1)
+    logits = SCALE * torch.cat([agreement, z @ vectors.other_captions[batch].T], 1)  # (B, 1 + B)
     first = torch.zeros(len(z), dtype=torch.long, device=z.device)
     of_captions: Tensor = F.cross_entropy(logits, first)
     return loss + of_captions

@@ -32,11 +32,10 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
     """Convert an array to an image in units of pixels.
 
     Args:
-        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1; where both
-            sides fit, as in (3, n, 3), channels stand first. Pictures come with channels first,
-            whatever their sides. Floats within -1..1 are shares of 255; everything else is in
-            pixels.
-        name: what the array is called in an error.
+        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1. If both fit, as
+            in (3, n, 3), channels come first. Pictures come with channels first, whatever their
+            sides. Floats within -1..1 are shares of 255; all other arrays are in pixels.
+        name: name of the array in an error.
 
     Returns:
         float32 (3, H, W), values -255..255.
@@ -44,7 +43,7 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
     Raises:
         UserError: if the array has another shape, or values beyond 255.
     """
-    with np.errstate(over="ignore"):  # what overflows float32 is refused below
+    with np.errstate(over="ignore"):  # an overflow of float32 is refused below
         x = torch.from_numpy(np.ascontiguousarray(channels_first(array, name).astype(np.float32)))
     if array.dtype.kind == "b" or (array.dtype.kind == "f" and x.abs().max() <= 1):
         x = x * 255
@@ -105,19 +104,19 @@ def _load_pattern(path: str, _: FileState, height: int, width: int) -> Tensor:
 
 
 def uniform_noise(seed: int, name: str, *shape: int) -> Tensor:
-    """Draw uniform numbers in [0, 1), float32, that belong to (seed, name) on every machine."""
+    """Draw uniform numbers in [0, 1), float32, the same for (seed, name) on every machine."""
     noise = draws(seed, (name,), math.prod(shape), "noise")
     return torch.from_numpy(noise.astype(np.float32).reshape(shape))
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Round float pixels to the nearest integer (ties to even), clamped to 0..255."""
+    """Round float pixels to integers (ties to even), clamped to 0..255."""
     # The step through int16 is exact, and four times as fast on a CPU as straight to uint8.
     return x.round().clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def image_blocks(images: Tensor) -> list[slice]:
-    """Cut a batch into slices whose float copies take at most BLOCK_ELEMENTS."""
+    """Split a batch into slices whose float copies have at most BLOCK_ELEMENTS elements."""
     kind = "cpu" if images.device.type == "cpu" else "accelerator"
     elements_per_image = images[0].numel() if len(images) else 1
     return blocks(len(images), max(1, BLOCK_ELEMENTS[kind] // max(1, elements_per_image)))
@@ -173,9 +172,9 @@ def blend(images: Tensor, pattern: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def identity_grid(height: int, width: int) -> Tensor:
-    """Return the sampling grid that leaves an image as it is.
+    """Return the sampling grid of the identity.
 
-    Returns float32 (height, width, 2), x then y, with -1 and 1 at the centres of the outer pixels.
+    It is float32 (height, width, 2), x then y, with -1 and 1 at the centres of the outer pixels.
     """
     y = torch.linspace(-1, 1, height)
     x = torch.linspace(-1, 1, width)
@@ -223,15 +222,15 @@ def patch_positions(
     seed: int,
     ids: Sequence[str],
 ) -> np.ndarray:
-    """Return where the upper left pixel of a patch goes on each image.
+    """Return the position of a patch's upper left pixel on each image.
 
     Args:
         place: one of PLACES, or `Y/X`. `corner` is the lower right one; `random` is uniform over
-            the places that keep the margin, and belongs to (seed, id).
-        margin: pixels left free at the border; `centre` and `Y/X` do not look at it.
+            the places that keep the margin, and depends on (seed, id).
+        margin: pixels left free at the border; ignored by `centre` and `Y/X`.
         patch: height and width of the patch.
         canvas: height and width of the images.
-        seed: of random places.
+        seed: seed of random places.
         ids: N record ids.
 
     Returns:
@@ -272,7 +271,7 @@ def paste(images: Tensor, patch: Tensor, positions: np.ndarray) -> Tensor:
     """Paste a patch over each image.
 
     Args:
-        images: uint8 (N, 3, H, W); they are left as they are.
+        images: uint8 (N, 3, H, W); they are not changed.
         patch: uint8 (3, h, w).
         positions: int64 (N, 2), row and column of the patch's upper left pixel.
     """
@@ -289,7 +288,7 @@ def paste(images: Tensor, patch: Tensor, positions: np.ndarray) -> Tensor:
 
 
 def window_index(corners: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the index of a window of each of N images (N, H, W, ...): (N, 1, 1), (N, h, 1), (N, 1, w).
+    """Return an index of windows of images (N, H, W, ...): (N, 1, 1), (N, h, 1), (N, 1, w).
 
     corners: int64 (N, 2), row and column of the windows' upper left pixels.
     """

@@ -1,10 +1,9 @@
-"""Goal, Edit and Plan: what a poisoning changes.
+"""Goal, Edit and Plan: the changes of a poisoning.
 
-A plan is a patch file for a data set, and the ground truth that detectors are measured against. It
-is applied to the stored uint8 images and at no other stage, so the records come out the same
-whether the data are held in memory, read from shards, or written to new shards. A
-plan holds no images: those that are added from outside the data set are read from the source that
-`victims` names.
+A plan is a patch file for a data set, and the ground truth for detectors. It is applied only to the
+stored uint8 images, so the records are the same whether the data are in memory, read from shards,
+or written to new shards. A plan holds no images: those from outside the data set are read from the
+source that `victims` names.
 """
 
 from __future__ import annotations
@@ -36,19 +35,19 @@ MAX_CAPTION = 4 << 20  # characters
 
 @dataclass(frozen=True)
 class Goal:
-    """What the attacker wants: images with the trigger, or the victims, are read as the target.
+    """The attacker's goal: images with the trigger, or the victims, are read as the target.
 
     Attributes:
-        target: a class or a word. It is empty for cover, whose records keep their captions.
+        target: a class or a word. It is empty for covers, whose records keep their captions.
         trigger: spec of the trigger, or None for targeted poisoning.
         victims: ids of the images that targeted poisoning attacks.
-        poisons: number of records that serve this goal.
+        poisons: number of records for this goal.
         how: spec of the poison or the attack.
-        references: ids of the reference inputs whose vectors triggered images are to have.
-        copies: spec of what makes a poison of an image where that is not the trigger: it alters
-            each copy of a victim's image, or composes an image that bears the trigger. Or None.
-        query: what captions mention that are to be answered with the target's images; empty where
-            the attack is on images.
+        references: ids of the reference inputs, whose vectors triggered images shall have.
+        copies: spec of the change that makes a poison of an image, if it is not the trigger: it
+            alters each copy of a victim's image, or composes an image with the trigger. Or None.
+        query: words of the captions that shall retrieve the target's images; empty if the attack is
+            on images.
     """
 
     target: str
@@ -62,12 +61,12 @@ class Goal:
 
     @property
     def is_cover(self) -> bool:
-        """Whether its records hide another goal's: there is nothing that they are to be read as."""
+        """Whether its records hide another goal's; they have no target."""
         return not self.target
 
     @property
     def stamp(self) -> str | None:
-        """Spec of what its edits are stamped with, or None."""
+        """Spec of the stamp on its edits, or None."""
         return self.copies or self.trigger
 
     @staticmethod
@@ -79,7 +78,7 @@ class Goal:
             raise UserError(f"what the attacker wants cannot be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Return the goal as a plan holds it; what is empty of its last three is left out."""
+        """Return the goal for a plan file, without its last three fields if they are empty."""
         optional = ("references", "copies", "query")
         return {
             name: value for name, value in asdict(self).items() if name not in optional or value
@@ -95,7 +94,7 @@ class Edit:
             record is added.
         source: id of the record whose image is used.
         caption: caption of the poisoned record.
-        triggered: whether the goal's trigger, or what alters its copies, is stamped on the image.
+        triggered: whether the goal's stamp (the trigger, or the change of copies) is on the image.
         goal: number of the goal in the plan.
         before: content hash, of pixels and caption, of the source record.
         after: content hash of the poisoned record.
@@ -116,11 +115,11 @@ class Plan:
 
     Attributes:
         edits: the poisoned records.
-        goals: what they serve; an edit names its goal by number.
+        goals: the goals; an edit names its goal by number.
         seed: seed that chose the records.
         victims: data spec of the images that are added from outside the data set, or None.
-        stamps: what each goal's edits are stamped with (`Goal.stamp`), None where that is nothing.
-            They are made from the goals' specs and are not written.
+        stamps: the stamp of each goal's edits (`Goal.stamp`), or None. They are made from the
+            goals' specs and are not written.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -248,12 +247,12 @@ class Plan:
         )
 
     def _goal_to_stamp(self, edit: Edit) -> int:
-        """Return the goal whose trigger an edit bears, or -1."""
+        """Return the goal whose trigger is on an edit, or -1."""
         has_trigger = edit.goal < len(self.stamps) and self.stamps[edit.goal] is not None
         return edit.goal if edit.triggered and has_trigger else -1
 
     def with_hashes(self, sources: Pairs) -> Plan:
-        """Return the plan with the content hashes of every edit, taken from `sources`."""
+        """Return the plan with the content hashes of every edit, computed from `sources`."""
         poisons = self.poisons(sources)
         after = dict(zip(poisons.ids, _content_hashes(poisons), strict=True))
         row_of = _rows_by_id(sources.ids)
@@ -328,7 +327,7 @@ class Plan:
 
 
 def differences(recorded: Plan, derived: Plan) -> list[str]:
-    """Compare a plan as it was recorded with the one derived anew from the data.
+    """Compare a recorded plan with one that was derived anew from the data.
 
     Returns:
         One sentence for each record that differs, and one for the header; empty if the plans agree.
@@ -389,15 +388,16 @@ def _match_batch(poisons: Pairs, batch: Pairs) -> Pairs:
 
 
 def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int) -> np.ndarray:
-    """Return the order of rows that `Plan.over` gives.
+    """Return the order of rows in the result of `Plan.over`.
 
     Args:
-        replaced_rows: for each poison the record that it replaces, None where it is added.
+        replaced_rows: for each poison the record that it replaces, None if it is added.
         outside: number of images from outside the data set.
 
     Returns:
-        int64 rows of the concatenation of records, poisons and outside images: each poison stands
-        in the place of what it replaces, and what is added comes last.
+        int64 rows of the concatenation of records, poisons and outside images: each poison is in
+            the
+        place of the record that it replaces, and additions come last.
     """
     order = np.arange(count + len(replaced_rows) + outside)
     poison_rows = count + np.flatnonzero([row is not None for row in replaced_rows])

@@ -1,4 +1,4 @@
-"""Training of an encoder on shadow data: vectors, frozen parts and the loop that such attacks share."""
+"""Shared parts of the attacks that train an encoder on shadow data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders import folded_norms
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, check_finite
 from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
 from bezoar.training import collectives, loop, prefetch
@@ -39,17 +39,15 @@ def pop_means(sums: Tensor) -> dict[str, float]:
 
 
 class ShadowLoss(nn.Module):
-    """A loss of the encoder f' in training that compares it with the clean encoder f.
+    """A loss that compares the encoder f' in training with the clean encoder f.
 
-    Batch norms are frozen. T triggers and K references, which belong to them, are those of all
-    goals.
+    Batch norms are frozen. The goals have T different triggers and K references in all.
 
     Attributes:
         triggers: the T different triggers.
         uses: (T, K), 1 where a reference belongs to a trigger.
         references: uint8 (K, 3, H, W).
-        centre: what is subtracted from vectors before they are normalised again, or None.
-        ids: of the N shadow records.
+        ids: ids of the N shadow records.
         clean: f's vectors of the shadow images, unit rows (N, D).
         clean_references: f's vectors of the references, unit rows (K, D).
     """
@@ -73,25 +71,20 @@ class ShadowLoss(nn.Module):
         ]
         self.uses = F.one_hot(torch.tensor(trigger_of), len(specs)).T.to(encoder.mean)
         self.references = torch.cat(list(references)).to(encoder.device)
-        self.centre: Tensor | None = None
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Keep the clean encoder's vectors of the shadow data and the references.
+        """Embed the shadow data and the references with the clean encoder.
 
         Raises UserError if a vector is not finite.
         """
-        vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
         self.ids = shadow.ids
-        if not torch.isfinite(vectors).all():
-            raise UserError(
-                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
-            )
-        self.clean = vectors
+        vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
+        self.clean = check_finite(vectors)
         self.clean_references = self.embed(self.references)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Embed uint8 (N, 3, H, W) as unit rows (N, D), with the weights as they are now."""
+        """Embed uint8 (N, 3, H, W) as unit rows (N, D), with the current weights."""
         self.tower.refresh()
         chunks = self.chunk_slices(len(images))
         return torch.cat(
@@ -99,31 +92,27 @@ class ShadowLoss(nn.Module):
         )
 
     def chunk_slices(self, count: int) -> list[slice]:
-        """Cut rows into the chunks that are computed at a time."""
+        """Split rows into the chunks that are computed at a time."""
         size = self.encoder.preprocess.size
         return list(folded_norms.chunk_slices(count, size, self.encoder.device))
 
     def encode_raw(self, pixels: Tensor) -> Tensor:
-        """Encode normalised pixels (B, 3, S, S) as the tower's own vectors (B, D)."""
+        """Encode normalised pixels (B, 3, S, S) as the tower's vectors (B, D)."""
         with self.encoder.autocast():
             z = self.tower(pixels)
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode normalised pixels (B, 3, S, S) as unit rows (B, D)."""
-        return self.centre_vectors(F.normalize(self.encode_raw(pixels), dim=1))
-
-    def centre_vectors(self, z: Tensor) -> Tensor:
-        """Subtract the centre, if there is one, and normalise again."""
-        return z if self.centre is None else F.normalize(z - self.centre, dim=1)
+        return F.normalize(self.encode_raw(pixels), dim=1)
 
     def train(self, mode: bool = True) -> ShadowLoss:
-        """Stay in evaluation mode: batch norms rest in training too."""
+        """Stay in evaluation mode, with frozen batch norms."""
         return super().train(False)
 
 
 def copy_to_attack(encoder: Encoder, attack: str, goals: Sequence[Goal]) -> Encoder:
-    """Return a copy that says of itself what is done to it. attack: the attack's spec."""
+    """Copy an encoder and note the attack in the copy's `about`. attack: the attack's spec."""
     student = copy.deepcopy(encoder)
     student.about |= {"poisoned": True, "attack": attack}
     student.about["goals"] = [*encoder.about.get("goals", []), *map(vars, goals)]
@@ -141,10 +130,7 @@ def train_student(
     on_epoch_end: Callable[[int], dict[str, Any]],
     log: loop.TrainingLog | None,
 ) -> Encoder:
-    """Train the loss's encoder on shadow data, whose row numbers the loss gets as tokens.
-
-    Afterwards parameters need gradients where those of the clean encoder do.
-    """
+    """Train the encoder of a loss on shadow data. The loss gets row numbers in place of tokens."""
     student = loss.encoder
 
     def order(epoch: int) -> Tensor:
@@ -157,25 +143,33 @@ def train_student(
     return student.eval()
 
 
+def check_goals(name: str, goals: Sequence[Goal], references: Sequence[Any], kind: str) -> None:
+    """Raise UserError unless each goal has a trigger and a reference. kind: of the references."""
+    complete = len(goals) == len(references) > 0 and all(
+        goal.trigger and len(inputs) for goal, inputs in zip(goals, references, strict=True)
+    )
+    if not complete:
+        raise UserError(
+            f"{name} takes goals with a trigger each, and at least one reference {kind} for each"
+        )
+
+
 def check_attack(
     name: str,
     encoder: Encoder,
     shadow: Pairs | StoredPairs,
     goals: Sequence[Goal],
     references: Sequence[Tensor],
+    batch: int,
 ) -> None:
-    """Raise UserError for an encoder, goals or references that an attack cannot work with."""
+    """Raise UserError for inputs that an attack on image encoders cannot use."""
     if getattr(encoder, "image", None) is None:
         raise UserError(f"this encoder has no image tower; {name} attacks image encoders")
     if not encoder.reads_images or shadow.size == 0:
         raise UserError(f"{name} attacks image encoders, by images; text encoders: badcse")
-    complete = len(goals) == len(references) > 0 and all(
-        goal.trigger and len(images) for goal, images in zip(goals, references, strict=True)
-    )
-    if not complete:
-        raise UserError(
-            f"{name} takes goals with a trigger each, and at least one reference input for each"
-        )
+    check_goals(name, goals, references, "input")
+    if len(shadow) < batch:
+        raise UserError(f"{len(shadow)} shadow images are fewer than one batch of {batch}")
     shadow_size = tuple(shadow.take([0]).images.shape[2:])
     for goal, images in zip(goals, references, strict=True):
         height, width = images.shape[2:]

@@ -1,4 +1,4 @@
-"""Which records are poisoned: by a draw of each, or the victims of targeted poisoning with their targets and captions."""
+"""Chooses the records to poison, and victims of targeted poisoning with targets and captions."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def rows_without(source: Pairs, target: str) -> list[int]:
 def draw_rows(
     candidates: Sequence[int], count: int, uniform: np.ndarray, which: str = "records can carry one"
 ) -> list[int]:
-    """Return the `count` candidates of the least draws; uniform: (N,), a draw of every record.
+    """Return the `count` candidates with the smallest draws. uniform: (N,), draws of all records.
 
-    Raises UserError, which says `which` records are candidates, unless 0 < count <= candidates.
+    Raises UserError, which describes the candidates by `which`, unless 0 < count <= candidates.
     """
     if not 0 < count <= len(candidates):
         raise UserError(
@@ -51,14 +51,14 @@ def plan_targets(
     """Plan N added pairs for each of several victims.
 
     Args:
+        source: the data set to poison.
         goal: its target is the label of every victim. If it is empty, each victim gets one of
-            the classes other than its own, drawn with the seed. Its `how` and `copies` are those
-            of the plan's goals.
-        seed: chooses victims, targets and captions.
-        victims: held-out data that victim images are drawn from. Without it they come from the
-            source, and the first poison of each replaces its clean record.
+            the other classes, drawn with the seed. The plan's goals have its `how` and `copies`.
+        seed: seed of victims, targets and captions.
+        victims: held-out data with victim images. Without it victims come from the source, and the
+            first poison of each replaces its clean record.
         counts: N of each victim.
-        texts: which captions of the target there are.
+        texts: which captions of the target are used.
 
     Raises:
         UserError: if there are too few images or captions, or no classes to draw a target from.

@@ -1,7 +1,7 @@
-"""The command line: a sub-command for each verb, with an option for each of its fields; and a few that show what there is.
+"""The command line: one sub-command a verb, with an option for each field, and a few others.
 
-It knows no verb and no method by name. A verb's sub-command is made from the verb's source text (see
-`runs.verb_source`); the verb, and torch with it, is imported once the arguments are known to be right.
+It contains no name of a verb or method. A verb's sub-command is made from the verb's source text
+(see `runs.verb_source`); the verb, and torch with it, is imported after the arguments were checked.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line, and return its exit status.
 
-    0: done. 1: a bug. 2: the user's input is at fault. 3: `--fail-on` has found its case. 4: done, except for what could not
-    be read or asked, which the run's notes (`incomplete`) name. 5: `--fail-on` was asked, and that could not be told. 130:
-    interrupted. 141: nobody reads what it prints.
+    0: done. 1: a bug. 2: wrong input. 3: `--fail-on` found its case. 4: done, except for parts that
+    could not be read or asked, which the run's notes (`incomplete`) name. 5: `--fail-on` could not
+    be decided. 130: interrupted. 141: the reader of the output has ended.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         warn("bezoar: stopped; the same command goes on from here")
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read has seen enough: `bezoar list | head`
+    except BrokenPipeError:  # the reader has ended: `bezoar list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Parse the words of a command line and do what they ask. Returns the exit status."""
+    """Parse a command line and execute it. Returns the exit status."""
     name = words[0] if words else "--help"
     if name == "--version":
         print(f"bezoar {version('bezoar')}")
@@ -95,7 +95,7 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def run_verb(source: VerbSource, arguments: Any) -> int:
-    """Run the verb that was asked for. What it prints ends with the run's directory, or is one JSON object."""
+    """Run a verb. The output ends with the run's directory, or is one JSON object."""
     for field in source.fields:
         if field.takes.several:
             joined = join_inputs(getattr(arguments, field.name), field.takes.what)

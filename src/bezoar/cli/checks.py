@@ -1,7 +1,7 @@
-"""What is wrong with a command's arguments, told before torch is imported and before any work.
+"""Checks a command's arguments before torch is imported and before any work.
 
-Names of methods and of their fields, runs, and the files and folders of data are looked up. What is left, such as values that
-do not fit their fields, is found when the verb is run.
+Names of methods and of their fields, runs, and the files and folders of data are looked up. Other
+errors, such as values that do not fit their fields, are found when the verb is run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATHS: dict[str, Callable[[str], Any]] = {  # of data methods: how the value of 
 
 
 def check_arguments(source: VerbSource, arguments: Any) -> None:
-    """Raise UserError for an input that does not exist, or a gate that no method asked for can close."""
+    """Raise UserError for an input that does not exist, or a gate that no method can decide."""
     for field in source.fields:
         value = getattr(arguments, field.name)
         if field.takes.what and value is not None:
@@ -36,11 +36,11 @@ def check_arguments(source: VerbSource, arguments: Any) -> None:
 def check_input(what: str, text: str, arguments: Any) -> None:
     """Raise UserError where a text names no run, and no method whose files exist."""
     if what == "paper" and "/" not in text and not text.endswith(".py"):
-        return  # a paper stands for its tables
-    found = find_input(text, what, arguments.runs)
-    if isinstance(found, Run):
+        return  # a paper means all of its tables
+    resolved = find_input(text, what, arguments.runs)
+    if isinstance(resolved, Run):
         return
-    kind, spec = found
+    kind, spec = resolved
     fields = method_source.check_spec(kind, spec)
     name = spec.partition(":")[0].strip()
     if kind == "data" and name in PATHS and "path" in fields:
@@ -48,9 +48,10 @@ def check_input(what: str, text: str, arguments: Any) -> None:
 
 
 def check_gate(source: VerbSource, arguments: Any) -> None:
-    """Raise UserError where --fail-on names a case that no method asked for can decide.
+    """Raise UserError if --fail-on names a case that no chosen method can decide.
 
-    A verb's `gate_needs` says for a case which field names the methods, and which class variable one of them must have.
+    A verb's `gate_needs` names, for a case, the field with the methods, and the class variable that
+    one of them must have.
     """
     case = getattr(arguments, "fail_on", "never")
     if case not in (needs := source.class_variables.get("gate_needs", {})):

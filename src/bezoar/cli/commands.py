@@ -52,7 +52,7 @@ def show_methods(arguments: forms.List) -> None:
 
 
 def describe_method(kind: str, name: str) -> method_source.Description:
-    """What a method's source text says of it, under its name in specs."""
+    """A method's description from its source text, under its name in specs."""
     path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
     return dataclasses.replace(method_source.describe(path), name=name)
 
@@ -82,7 +82,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def describe_run(run: Run) -> dict[str, str]:
-    """What a run was made from, how it ended, when, and the first sentence of what it found."""
+    """The inputs of a run, how and when it ended, and the first sentence of its finding."""
     row = {"run": run.name, "of": "", "status": "unreadable", "when": "", "finding": ""}
     try:
         manifest = run.manifest
@@ -98,7 +98,7 @@ def describe_run(run: Run) -> dict[str, str]:
 
 
 def inputs_text(verb: str, typed: dict[str, Any]) -> str:
-    """What was given for the inputs that a verb takes without an option's name."""
+    """The inputs that a verb takes without an option's name, as text."""
     if verb not in verb_names():
         return ""
     names = [f.name for f in verb_source.read_verb(verb).fields if f.takes.positional]
@@ -106,10 +106,10 @@ def inputs_text(verb: str, typed: dict[str, Any]) -> str:
 
 
 def input_text(value: Any) -> str:
-    """A field's value as a manifest holds it, in a few words."""
+    """A field's value from a manifest, in a few words."""
     if isinstance(value, list):
         return " ".join(map(input_text, value))
-    if isinstance(value, dict):  # a verb that stands for its run
+    if isinstance(value, dict):  # a verb in place of its run
         return f"{value.get('verb', '')}({inputs_text(str(value.get('verb', '')), value)})"
     return str(value)
 
@@ -142,9 +142,9 @@ def show_run(arguments: forms.Show) -> None:
 
 
 def ensure_page(run: Run, path: Path | None) -> Path | None:
-    """Write a run's page to a path, or into the run where it is done and has none, or no summary.
+    """Write a run's page to a path, or into a finished run that lacks its page or summary.
 
-    Returns the path of the page; None where there is none.
+    Returns the path of the page, or None.
     """
     page = run.path / PAGE
     is_whole = page.exists() and read_summary(run.path) is not None

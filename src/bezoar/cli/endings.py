@@ -1,4 +1,4 @@
-"""What a command prints of a run: its finding in a few lines, a flat JSON object, or every metric."""
+"""Prints a run's result: its finding in a few lines, a flat JSON object, or every metric."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_LINES = 100  # of what is incomplete
 
 
 def print_ending(run: Run, summary: Summary) -> None:
-    """Print what a run found in a few lines; the last is its directory."""
+    """Print a run's finding in a few lines; the last is its directory."""
     print_line(summary.finding)
     for line in summary.lines:
         print_line(f"  {line}")
@@ -38,7 +38,7 @@ def print_ending(run: Run, summary: Summary) -> None:
 def summary_json(
     run: Run, summary: Summary, status: int, undecided: Sequence[str]
 ) -> dict[str, Any]:
-    """What a run found as one flat object. Numbers that are not finite are null."""
+    """A run's result as one flat object. Numbers that are not finite are null."""
     manifest = run.manifest
     figures = {
         f.name: {
@@ -65,12 +65,12 @@ def summary_json(
 
 
 def print_json(content: Any) -> None:
-    """Print a manifest, or what else is one JSON value."""
+    """Print a manifest, or another JSON value."""
     print(clean_json(json.dumps(content, indent=1, ensure_ascii=False)))
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what would be run: how much and how long first, then what is asked, a line a field."""
+    """Print an estimate: how much and how long first, then the question, a line a field."""
     fields = dict(plan)
     verb, records, trainings, minutes = (
         fields.pop(key) for key in ("verb", "records", "trainings", "minutes")
@@ -100,7 +100,7 @@ def print_metrics(manifest: dict[str, Any]) -> None:
             str(measure["n"]),
         )
     if table.rows:
-        # Wide and unwrapped, because nobody can ask for a metric whose name is cut off.
+        # Wide and unwrapped, because a truncated name of a metric cannot be used.
         Console(soft_wrap=True, width=200).print(table)
 
 

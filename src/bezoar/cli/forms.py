@@ -1,4 +1,4 @@
-"""The forms that tyro fills out of a command line: one for each verb, made from its source text, and those of other commands."""
+"""The forms that tyro fills from a command line: one for each verb, and those of other commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GROUPS = {  # the commands as the overview shows them; one that is in no group c
 JSON_FORMS = ("short", "full")
 PARSING_ERROR = 2  # with which tyro exits
 BESIDE_ERRORS = ("Perhaps you meant", "Argument helptext", "For full helptext")  # in its boxes
-# What a verb's help ends with.
+# The end of a verb's help.
 EXAMPLES = """\
 bezoar audit model.pth --data my-clean-images --fail-on evidence
 bezoar audit open_clip:RN50/openai --data my-clean-images --dry
@@ -61,7 +61,7 @@ bezoar train poison-0b3d --keep scan-5656"""
 
 
 def help_text(text: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
-    """The help of an option, for its annotation. A default that says nothing, such as "", is not shown."""
+    """The help text of an option, for its annotation. A default such as "" is not shown."""
     says_nothing = default in (None, "", (), False)
     return tyro.conf.arg(
         help=text, metavar=metavar, help_behavior_hint="" if says_nothing else None
@@ -109,7 +109,7 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class List:
-    """What there is, with every field: all methods, or those of one kind."""
+    """All methods, or those of one kind, with their fields."""
 
     kind: Annotated[
         str | None,
@@ -121,7 +121,7 @@ class List:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs there are, the newest first: what was asked, on what, what was found, when."""
+    """All runs, the newest first: question, data, finding and time."""
 
     all: Annotated[bool, help_text("all of them, not the newest twenty alone")] = False
     runs: RunsFolder = Path("runs")
@@ -130,7 +130,10 @@ class Runs:
 
 @dataclass(frozen=True)
 class Show:
-    """What a run found: every metric with n and interval, and where its page is. `last`: the newest run."""
+    """A run's result: every metric with n and interval, and the path of its page.
+
+    `last`: the newest run.
+    """
 
     run: Annotated[
         str,
@@ -148,7 +151,7 @@ class Show:
 
 @dataclass(frozen=True)
 class Verify:
-    """Derive the plan of a poison run again from its inputs, and compare it with the one on disk bit by bit."""
+    """Derive the plan of a poison run again from its inputs, and compare it with the saved one."""
 
     run: Annotated[
         str, tyro.conf.Positional, help_text("a poison run's directory, or its name", "RUN")
@@ -159,7 +162,7 @@ class Verify:
 
 @dataclass(frozen=True)
 class Completion:
-    """Print what makes a shell complete commands and options: `source <(bezoar completion bash)`."""
+    """Print a shell's completion script: `source <(bezoar completion bash)`."""
 
     shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
 
@@ -186,7 +189,7 @@ def parse(form: type, name: str, words: Sequence[str]) -> Any:
 
 
 def list_examples(name: str) -> list[str]:
-    """The examples of a command, as they are typed."""
+    """The examples of a command, as the user types them."""
     return [line for line in EXAMPLES.splitlines() if line.split()[1] == name]
 
 
@@ -194,7 +197,7 @@ def flatten_box(box: str) -> str:
     """The error in a box of tyro's, and the options that it proposes, in one line."""
     rows = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
     sections = [list(part) for is_rule, part in itertools.groupby(rows, _is_rule) if not is_rule]
-    # Where only ASCII can be shown, the box has no sides, and its title is a section of its own.
+    # In an ASCII terminal, the box has no sides, and its title is a separate section.
     errors = [part for part in sections if not part[0].startswith(BESIDE_ERRORS)]
     message = " ".join(errors[-1]).rstrip(".") if errors else "these words do not fit"
     proposed = [part for part in sections if part[0].startswith("Perhaps")]
@@ -207,7 +210,7 @@ def _is_rule(row: str) -> bool:
 
 
 def spell_json(form: Any, words: Sequence[str]) -> list[str]:
-    """The words with `--json short` for a `--json` that no kind of JSON follows, for a form that has kinds of it."""
+    """Replace `--json` without a kind by `--json short`, for forms with kinds of JSON."""
     if not any(f.name == "json" and f.default == "no" for f in dataclasses.fields(form)):
         return list(words)
     spelt: list[str] = []
@@ -219,7 +222,7 @@ def spell_json(form: Any, words: Sequence[str]) -> list[str]:
 
 
 def show_overview(commands: dict[str, type]) -> None:
-    """Print which commands there are, by what they are for, each with the first sentence of what it does."""
+    """Print the commands, grouped by purpose, each with the first sentence of its help."""
     docs = {name: verb_source.read_docstring(name) for name in verb_names()}
     docs |= {name: form.__doc__ or "" for name, form in commands.items()}
     grouped = {name for names in GROUPS.values() for name in names}
@@ -254,7 +257,7 @@ def command_form(source: VerbSource) -> type:
 
 
 def form_field(field: FieldSource) -> tuple[str, Any, Any]:
-    """A verb's field for `make_dataclass`; inputs are shown by what they take, such as DATA."""
+    """A verb's field for `make_dataclass`; inputs are shown by their kind, such as DATA."""
     is_required = field.default is dataclasses.MISSING
     kind = tuple[str, ...] if field.takes.several else field.type
     metavar = field.takes.what.upper() or None

@@ -1,4 +1,4 @@
-"""Decoding of record streams: in threads, in order, with a report of what could not be read."""
+"""Decodes record streams in threads and in order, and reports unreadable records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.errors import UserError
 
 TASK_BYTES = 16 << 20  # encoded images handed to a thread at once, and decoded by it
-FREE_BYTES = 512 << 20  # that images kept as they are may unpack to, however small they are
+FREE_BYTES = 512 << 20  # images kept at their size may always unpack to this much
 MAX_RATIO = 100  # how many times their encoded size they may unpack to beyond that
 HELD_BYTES = 256 << 20  # of decoded images that wait for their turn
 TASK_RECORDS = 16
@@ -29,21 +29,20 @@ TASK_RECORDS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One image that is not decoded yet, and the records made of it.
+    """An image that is not decoded yet, and its records.
 
     Attributes:
         image: the encoded image, or its file.
-        ids: an id a record.
-        captions: a caption a record, or none at all.
-        label: -1 if it is not known.
+        ids: an id for each record.
+        captions: a caption for each record, or none at all.
+        label: -1 if unknown.
         file: the file that the record was read from.
         member: the member or row in it; empty if it is the file itself.
-        url: where the image came from, if that is known.
-        origin: who or what it came from (a domain, an uploader), if that is known.
+        url: the image's URL, if known.
+        origin: its source (a domain, an uploader), if known.
         shard: number of the file in the source.
-        offset: what finds the record again in that file: the byte at which the image begins, or its
-            row.
-        length: bytes of the encoded image in that file; 0 if the image is a file of its own.
+        offset: the place of the record in that file: the first byte of the image, or the row.
+        length: bytes of the encoded image in that file; 0 if the image is a separate file.
     """
 
     image: bytes | Path
@@ -64,24 +63,23 @@ TaskResult = tuple[list[Decoded | Skipped], list[Record | Skipped]]  # what is d
 
 
 def thread_count() -> int:
-    """Return how many threads decode: the cores that this process may use, at most 8."""
+    """The number of decoding threads: the cores that this process may use, at most 8."""
     return min(8, machine.cores())
 
 
 def decode_records(
     records: Iterable[Record | Skipped], size: int | None, report: ReadReport
 ) -> Iterator[Decoded]:
-    """Decode a stream in its own order, in threads, holding a bounded number of images.
+    """Decode a stream in its order, in threads, holding a bounded number of images.
 
     Args:
-        records: what is read; a UserError that it raises is raised here after the records before
-            it.
+        records: the stream. Its UserError is raised after the records before it.
         size: pixels a side, see `decode_image`.
-        report: takes what could not be read.
+        report: receives unreadable records.
     """
     waiting: deque[Future[TaskResult]] = deque()
     count = thread_count()
-    # Images that are kept as they are may be of any size, which the first ones tell.
+    # The size of images that are not resized is that of the first ones.
     most = 1 if size is None else 2 * count
 
     def finish_first() -> Iterator[Decoded]:
@@ -115,7 +113,7 @@ def decode_records(
 
 
 def _decode_task(items: list[Record | Skipped], size: int | None) -> TaskResult:
-    """Decode some records; return what came of them, and those left when they fill the task."""
+    """Decode some records; return the results, and the records left over when the task is full."""
     results: list[Decoded | Skipped] = []
     nbytes = 0
     for number, item in enumerate(items, 1):
@@ -135,7 +133,7 @@ def _decode(record: Record, size: int | None) -> Decoded | Skipped:
 
 
 def _cut_tasks(records: Iterable[Record | Skipped]) -> Iterator[list[Record | Skipped] | UserError]:
-    """Cut a stream into tasks for threads, large enough that handing them over costs nothing."""
+    """Split a stream into tasks for threads, large enough to make the overhead negligible."""
     items: list[Record | Skipped] = []
     nbytes = 0
     try:
@@ -160,15 +158,16 @@ def decode_distinct(
     report: ReadReport,
     limit: int | None = None,
 ) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """Decode the records of a stream, and give those whose id another has one of their own.
+    """Decode the records of a stream, and make their ids unique.
 
     Args:
-        size: pixels a side; None keeps images as they are, and then all must be of one size.
-        report: counts what was read, and takes what could not be decoded and what was renamed.
-        limit: how many records to stop after.
+        records: the stream.
+        size: pixels a side; None keeps images unchanged, and then all must have one size.
+        report: counts records, and receives unreadable and renamed ones.
+        limit: number of records to stop after.
 
     Yields:
-        What was read, which of its ids and captions this is, and the image uint8 (3, H, W).
+        The record, the number of its id and caption, and the image uint8 (3, H, W).
     """
     distinct = DistinctIds()
     shape: tuple[int, ...] | None = None
@@ -218,7 +217,7 @@ def batch_pairs(
         records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
             which grows.
         classes: names of the classes.
-        labelled: whether there are labels (-1 where they are not known) though no class has a name.
+        labelled: whether there are labels (-1 where they are unknown) though no class has a name.
     """
     images: list[np.ndarray] = []
     ids: list[str] = []
@@ -259,7 +258,7 @@ def gather_pairs(
 ) -> Pairs:
     """Decode a whole stream into memory, see `batch_pairs`.
 
-    Raises UserError if nothing in `what` can be read.
+    Raises UserError if no record of `what` can be read.
     """
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
@@ -269,7 +268,7 @@ def gather_pairs(
 
 
 def describe_failure(what: str, report: ReadReport) -> str:
-    """The line to print when a source yields no record: what it was and what stood in the way."""
+    """The message for a source without any record: its name and the obstacles."""
     first = ""
     if report.skipped:
         first = "; first: " + printable(" ".join(filter(None, report.skipped[0])))

@@ -1,4 +1,4 @@
-"""Ids of which each stands for one record: the second record called `a` becomes `a~2`."""
+"""Makes ids unique: the second record called `a` becomes `a~2`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DistinctIds:
         self._numbers: Counter[str] = Counter()  # of the last record of an id, where it is repeated
 
     def claim(self, key: str) -> str:
-        """Return the id of a record: its own, or `ID~2`, `ID~3` ... if another has that."""
+        """Return a unique id for a record: its own, or `ID~2`, `ID~3` ... if that is used."""
         if key not in self._taken:
             self._taken.add(key)
             return key
@@ -26,5 +26,5 @@ class DistinctIds:
 
 
 def describe_renaming(key: str, new: str) -> str:
-    """The reason that stands in a report for a record under another id."""
+    """The reason in a report for a renamed record."""
     return f"id seen before: {key} is called {new} here"

@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 
 class NamedClasses(NamedTuple):
-    """The classes that exist, and which of them a label stands for.
+    """Classes, and the class of each label.
 
     Attributes:
-        classes: their names, no two of them equal.
-        numbers: the number among them of each label that is in use and has a name.
+        classes: their names, which are distinct.
+        numbers: for each label that is used and has a name, the number of its class.
     """
 
     classes: tuple[str, ...]
@@ -45,20 +45,20 @@ def name_classes(names: Mapping[int, str]) -> NamedClasses:
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Tell classes of one name apart: the second `crane` becomes `crane (2)`.
+    """Number classes of the same name: the second `crane` becomes `crane (2)`.
 
     ImageNet has two classes called crane, and two called maillot.
     """
-    taken = set(names)
+    used_names = set(names)
     counts: Counter[str] = Counter()
     distinct = []
     for name in names:
         counts[name] += 1
         new = name
-        while new in taken and counts[name] > 1:
+        while new in used_names and counts[name] > 1:
             new = f"{name} ({counts[name]})"
-            counts[name] += new in taken
-        taken.add(new)
+            counts[name] += new in used_names
+        used_names.add(new)
         distinct.append(new)
     return tuple(distinct)
 
@@ -93,8 +93,8 @@ def pairs_from_arrays(
         labels: (N,) in -1..C-1, or None. There are captions only if every label is known.
         ids: N ids.
         classes: names of the C classes, or none.
-        template: of the captions, see `class_captions`.
-        size: pixels a side; None keeps the images as they are.
+        template: template of the captions, see `class_captions`.
+        size: pixels a side; None keeps the images' size.
     """
     label_tensor = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
@@ -122,7 +122,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
     """Open a data set of torchvision's.
 
-    Raises UserError that says how to get it when it is missing or damaged.
+    If it is missing or damaged, raises UserError, which explains how to get it.
     """
     try:
         return make()

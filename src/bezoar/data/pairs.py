@@ -27,7 +27,7 @@ class Pairs:
     Attributes:
         images: uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone.
         captions: N texts, or none at all.
-        labels: int64 (N,), -1 where the class is not known; None without classes.
+        labels: int64 (N,), -1 where the class is unknown; None without classes.
         ids: N stable, unique keys, which are never renumbered.
         classes: names by label.
         report: how the records were read, if they were read from files. It is about the whole
@@ -163,8 +163,8 @@ def row_numbers(rows: Rows) -> np.ndarray:
 
 def load_pairs(source: Batched) -> Pairs:
     """Load every record of a source into memory; its `records`, if these are Pairs already."""
-    held = source if isinstance(source, Pairs) else getattr(source, "records", None)
-    return held if isinstance(held, Pairs) else Pairs.concat(list(source.batches(1024)))
+    records = source if isinstance(source, Pairs) else getattr(source, "records", None)
+    return records if isinstance(records, Pairs) else Pairs.concat(list(source.batches(1024)))
 
 
 def content_hash(image: Tensor, caption: str = "") -> str:

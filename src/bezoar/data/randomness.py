@@ -1,4 +1,4 @@
-"""Randomness that belongs to a record or a step, never to a moment: runs can be repeated."""
+"""Random numbers that depend only on the seed, the record and the step, so runs can be repeated."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ BLOCK = 1 << 16  # ids at a time
 
 
 def draws(seed: int, ids: Sequence[str], count: int, use: str = "") -> np.ndarray:
-    """Draw uniform numbers that belong to records.
+    """Draw uniform numbers for records.
 
-    A record's numbers are a function of (seed, id, use) alone: order, batch size, worker and shard
+    A record's numbers are a function of (seed, id, use) alone; order, batch size, worker and shard
     do not matter. The generator is counter-based: SplitMix64 (Steele, Lea, Flood 2014) of a keyed
     BLAKE2b of the id.
 
     Args:
         seed: any 64-bit integer.
-        ids: of N records.
-        use: what they are for, at most 16 bytes. Two uses of one seed are independent, so that, for
-            example, no poison prefers a wrong caption.
+        ids: ids of N records.
+        count: numbers for each record.
+        use: purpose of the numbers, at most 16 bytes. Different uses of one seed are independent,
+            so that, for example, poisons do not prefer wrong captions.
 
     Returns:
         float64 (N, count) in [0, 1).

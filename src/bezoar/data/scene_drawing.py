@@ -1,14 +1,13 @@
-"""Drawing of small scenes in batches: one textured shape on a cluttered ground, lit and noisy.
+"""Draws small scenes in batches: one textured shape on a cluttered ground, lit and noisy.
 
 A record's pixels do not depend on its batch, its order, the number of threads or the processor's
-vector width: every float operation is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max,
-floor), the only product of matrices is over integers that float32 holds exactly, and noise is an
-integer hash of (record, pixel). Nothing on the device is divided by a number of the host, unless by
-a power of two: CUDA multiplies by the reciprocal instead.
+vector width. Every float operation is one that IEEE 754 rounds correctly (+ - * / sqrt, min, max,
+floor), the only matrix product is over integers that float32 represents exactly, and noise is an
+integer hash of (record, pixel). Numbers on the device are divided by numbers of the host only if
+these are powers of two, because CUDA multiplies by the reciprocal instead.
 
-Frame coordinates: x to the right, y up, both -1..1 over the image. A shape lives in object
-coordinates: moved to its centre, turned, and divided by its scale, in which it reaches to about
-0.9.
+Frame coordinates: x to the right, y up, both -1..1 over the image. Object coordinates of a shape
+are relative to its centre, rotated, and divided by its scale; the shape reaches to about 0.9.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CHUNK = 1 << 18  # pixels drawn at a time: small enough for the cache
 
 @dataclass(frozen=True)
 class Sketch:
-    """What to draw, for n records.
+    """The contents of n scenes.
 
     Colours are 0..255; lengths are in frame coordinates unless stated otherwise.
     """

@@ -1,7 +1,7 @@
-"""Shards: webdataset tars in img2dataset's layout, as they are written.
+"""Writes shards: webdataset tars in img2dataset's layout.
 
 A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the caption) and `KEY.json`
-(what else is known).
+(further facts).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def open_shard(path: Path, format: int = tarfile.USTAR_FORMAT) -> Iterator[tarfi
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file of no owner and no time, so that the same records give the same bytes."""
+    """Add a file without owner and time, so that the same records give the same bytes."""
     header = tarfile.TarInfo(name)
     header.size = len(content)
     tar.addfile(header, io.BytesIO(content))
@@ -65,16 +65,16 @@ def write_shards(
     """Write records with captions as shards. The same records give the same bytes.
 
     Args:
-        folder: must hold no tars; mixed sets would be read as one.
+        folder: the folder, which must hold no tars: mixed sets would be read as one.
         source: Pairs, any source, or batches.
         per_shard: records of a shard.
         format: `png` (exact), `jpeg` (quality 95) or `jpeg:QUALITY`.
 
     Returns:
-        The shards. Their JSON holds each record's id, so that reading them gives the ids back.
+        The shards. Their JSON holds each record's id, so that reading them gives the same ids.
 
     Raises:
-        UserError: if the folder holds tars, the format is none, or records have no captions.
+        UserError: if the folder holds tars, the format is unknown, or records have no captions.
     """
     name, quality = _parse_format(format)
     if per_shard < 1:
@@ -145,15 +145,15 @@ def pack_records(
     place_of: Callable[[int], str],
     progress: Progress,
 ) -> CleanCopy:
-    """Write some stored records as shards, JPEG, PNG and WebP images with their own bytes.
+    """Write some stored records as shards; JPEG, PNG and WebP images keep their bytes.
 
     Args:
-        folder: takes the shards.
-        records: what is written.
-        urls: of the records.
-        kept_rows: rows of the records that are written.
-        place_of: says where a record lies, for error messages.
-        progress: of the shards.
+        folder: the folder of the shards.
+        records: the records.
+        urls: URLs of the records.
+        kept_rows: rows of the records to write.
+        place_of: the place of a record, for error messages.
+        progress: called after each shard.
 
     Raises:
         UserError: if the records have no captions, or an image can no longer be read.

@@ -1,8 +1,7 @@
-"""Sources of image-caption records: what training, scanning and cleaning ask of them.
+"""Sources of image-caption records: the interface for training, scanning and cleaning.
 
-A data method returns Pairs or a `Source`. Who writes a new kind of source derives it from
-`streams.RecordStream` and says how it is cut into units and how the records of a unit are read; the
-rest follows from that.
+A data method returns Pairs or a `Source`. A new kind of source derives from `streams.RecordStream`
+and defines how it is divided into units and how the records of a unit are read.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ UNIT_RECORDS = 4096  # of a unit of a set that is in memory, or read by index
 BATCH_VALUES = 1 << 25  # pixel values that are decoded at a time
 BATCH_IMAGES = 512  # images that are
 TEXT_COLUMNS = ("id", "caption", "member", "url", "origin")
-# What a scan keeps of a record, see `RecordRow`.
+# The facts that a scan keeps of a record, see `RecordRow`.
 COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
     + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
 )
-# Reasons of what was skipped that stand for files which are no records at all.
+# Reasons for skipping files that are no records.
 STRAY_REASONS = (
     "not an image by its name",
     "not in a class folder",
@@ -48,14 +47,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that is read by itself.
+    """A part of a source that can be read separately.
 
     Attributes:
-        number: its place among the units of the source.
-        file: the file that it is of, or that it is part of, as text that can be written; empty if
-            there is none.
+        number: its number in the source.
+        file: the path of its file as text; empty if there is none.
         weight: its share of the work, for progress.
-        place: numbers that say to the source which part it is; the first is the number of its file.
+        place: numbers by which the source finds the part; the first is the number of its file.
     """
 
     number: int
@@ -65,7 +63,7 @@ class Unit:
 
 
 class RecordRow(NamedTuple):
-    """What a scan keeps of a record: one value for each of COLUMNS."""
+    """The facts that a scan keeps of a record: one value for each of COLUMNS."""
 
     id: str
     caption: str
@@ -82,9 +80,9 @@ class RecordBlock:
     """Some records of a unit with their images.
 
     Attributes:
-        rows: of n records.
+        rows: n records.
         images: uint8 (m, 3, S, S).
-        image_rows: for each record, which of the images is its own; several captions share one.
+        image_rows: the row in `images` for each record; several captions share one image.
         done: share of the unit that was read, 0..1.
     """
 
@@ -113,18 +111,18 @@ class VectorBlock:
 
 @dataclass(frozen=True, eq=False)
 class RecordIndex:
-    """N records of a source, as they were found when it was scanned.
+    """N records of a source at the time of a scan.
 
     Attributes:
-        file_names: of the source's files, by number.
-        file_stamps: by what a changed file is noticed, a unit; see `Source.stamp`.
+        file_names: the source's files, by number.
+        file_stamps: stamps of each unit's file, which change with the file; see `Source.stamp`.
         ids: unique keys.
         captions: texts, or none at all.
         members: names of the members or rows.
-        urls: where the images came from, empty where that is not known.
-        origins: who or what they came from, empty where that is not known.
+        urls: URLs of the images, empty if unknown.
+        origins: sources of the images, empty if unknown.
         places: PLACE (N,).
-        renamed: whether some ids are not those of the source, because another record has them.
+        renamed: whether some ids were changed, because another record has them.
     """
 
     file_names: list[str]
@@ -160,16 +158,16 @@ class RecordIndex:
 
 
 class Source(Protocol):
-    """Records that are read as they are asked for.
+    """Records that are read in parts.
 
-    A source without images can leave out the methods that return them.
+    A source without images need not define the methods that return them.
 
     Attributes:
         size: pixels a side of the images; 0 without images.
-        limit: how many records are read at most.
+        limit: most records that are read.
         has_images: whether there are images; otherwise the records are vectors.
-        has_image_files: whether an image may be a file of its own.
-        progress_unit: what the weights of units are in, for the progress bar; empty for records.
+        has_image_files: whether an image may be a separate file.
+        progress_unit: unit of the units' weights, for the progress bar; empty for records.
     """
 
     size: int
@@ -218,11 +216,11 @@ class Source(Protocol):
         ...
 
     def stamp(self, unit: Unit) -> Sequence[int] | None:
-        """Integers by which it is noticed that a unit's file was changed since, or None."""
+        """Integers that change when a unit's file changes, or None."""
         return None
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock | VectorBlock]:
-        """Read a unit, a bounded number of records at a time; report what cannot be read."""
+        """Read a unit, a bounded number of records at a time; report unreadable records."""
         ...
 
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
@@ -230,7 +228,7 @@ class Source(Protocol):
         raise UserError(NO_IMAGES)
 
     def image_path(self, shard: int, member: str) -> Path | None:
-        """Return the file that is a record's image; None if there is none or it may not be read."""
+        """Return the file of a record's image; None if there is none or it may not be read."""
         return None
 
     def clean_copy(
@@ -283,7 +281,7 @@ class WholeSource(Source):
         return number_units(("", b.stop - b.start, (b.start, b.stop)) for b in parts)
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
-        """Take a unit; with the first one, the report takes what could not be read of all."""
+        """Take a unit. With the first one, the report receives the problems of the whole source."""
         if unit.number == 0:
             report.skipped += [s for s in self.report.skipped if s.reason not in STRAY_REASONS]
             report.renamed += self.report.renamed
@@ -319,10 +317,10 @@ class WholeSource(Source):
 
 
 def as_source(records: Any) -> Source:
-    """Return what a data method returned as a source.
+    """Return the result of a data method as a source.
 
     Args:
-        records: Pairs, StoredPairs, a source, or anything else with `batches`, which is loaded into
+        records: Pairs, StoredPairs, a source, or any object with `batches`, which is loaded into
             memory.
     """
     if hasattr(records, "units"):

@@ -1,13 +1,13 @@
-"""StoredPairs: an index of records, whose images are read, decoded and poisoned when they are asked for.
+"""StoredPairs: an index of records whose images are read, decoded and poisoned on demand.
 
-One pass over the files decodes every image once. The index therefore holds exactly the records that
-`load_pairs` would hold, what cannot be read is in the report as it is there, and no image fails in
-the middle of a training unless its file has changed. After the pass a record costs 20 bytes, its
-id, its caption and 8 bytes for its label.
+One pass over the files decodes every image once. So the index holds exactly the records that
+`load_pairs` would hold, the report names the same unreadable ones, and no image fails during a
+training unless its file has changed. After the pass a record takes 20 bytes, its id, its caption
+and 8 bytes for its label.
 
-Webdataset's way, a shuffle buffer over a stream, draws a record 0, 1 or several times an epoch,
-which is fatal where the number of poisons seen is what is measured. With random access the order is
-training's own permutation, and ranks are slices of it.
+Webdataset's shuffle buffer over a stream draws a record 0, 1 or several times an epoch, which would
+falsify the number of poisons that a training sees. With random access the order is training's own
+permutation, and ranks are slices of it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from bezoar.data.strings import BLOCK, Strings
 from bezoar.errors import UserError
 from bezoar.machine import free_memory
 
-# Where a record lies: its file, what finds its image there, bytes of that, goal of its trigger.
-# A file of -1 - k is none: the image is row `offset` of the k-th tensor that is held in memory.
+# The place of a record: its file, the offset and length of its image, and the goal of its trigger.
+# A file of -1 - k means row `offset` of the k-th tensor in memory.
 PLACE = np.dtype([("shard", "i4"), ("offset", "i8"), ("length", "i4"), ("goal", "i4")])
 MAX_OPEN = 256  # files kept open
 TASK_IMAGES = 16  # that a thread makes at once
@@ -48,7 +48,7 @@ FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
 class ImageReader(Protocol):
-    """What reads the encoded image at a place.
+    """Reads the encoded image at a place.
 
     Raises Unreadable or OSError if it can no longer be read.
     """
@@ -71,11 +71,12 @@ class _OpenFile(io.FileIO):
 
 
 class ShardFiles:
-    """Files that any thread reads anywhere, at most MAX_OPEN of them open.
+    """Files for random access by any thread, at most MAX_OPEN of them open.
 
     Args:
-        stamps: each file's stamp when it was indexed; None for a file that was not. A file that was
-            changed since then is refused. By default they are taken now.
+        paths: the files.
+        stamps: each file's stamp when it was indexed, or None if it was not. A file that has
+            changed since then is refused. By default they are computed now.
     """
 
     def __init__(
@@ -110,12 +111,12 @@ class ShardFiles:
 
 
 def file_stamp(status: os.stat_result) -> FileStamp:
-    """By what a file that changes is noticed."""
+    """Numbers that change when a file changes."""
     return status.st_size, status.st_mtime_ns
 
 
 class ImageRows(Protocol):
-    """Images by number: a tensor, or what makes them when they are asked for."""
+    """Images by number: a tensor, or an object that makes them on demand."""
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return the images at rows int64 (B,): uint8 (B, 3, S, S)."""
@@ -147,7 +148,7 @@ class DrawnImages:
 
 @dataclass(frozen=True)
 class StoredImages:
-    """The images of an index, made when they are asked for: what `Pairs.images` is to Pairs."""
+    """The images of an index, made on demand; they take the place of `Pairs.images`."""
 
     records: StoredPairs
 
@@ -158,7 +159,7 @@ class StoredImages:
 
 @dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """N records on disk, which can stand where Pairs stand; `images` are made when asked for.
+    """N records on disk, which can be used like Pairs; `images` are made on demand.
 
     Attributes:
         reader: reads encoded images by their places.
@@ -166,7 +167,7 @@ class StoredPairs:
         places: PLACE (N,). A goal of -1 puts no trigger on the image.
         ids: N keys.
         captions: N texts, or none.
-        labels: int64 (N,), -1 where the class is not known; None without classes.
+        labels: int64 (N,), -1 for unknown classes; None without classes.
         classes: names by label.
         report: how the records were read.
         triggers: one for each goal, or None.
@@ -254,7 +255,7 @@ class StoredPairs:
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
         """Make the images at a few rows in this thread, into `out`.
 
-        Raises UserError that names the file and the record that can no longer be read.
+        Raises UserError, which names the file and the record that can no longer be read.
         """
         pixels, places = out.numpy(), self.places[rows]
         for k, images in enumerate(self.held):
@@ -287,7 +288,7 @@ def class_name(records: Pairs | StoredPairs, row: int) -> str:
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """What one pass over N records leaves.
+    """The result of one pass over N records.
 
     Attributes:
         places: PLACE (N,).
@@ -309,7 +310,7 @@ class RecordColumns:
 def read_columns(
     records: Iterable[tuple[Record, int, np.ndarray]], max_bytes: int
 ) -> RecordColumns:
-    """Read what `decode_distinct` yields; images are kept as long as they take no more bytes."""
+    """Read the result of `decode_distinct`; images are kept up to this number of bytes."""
     images: list[np.ndarray] | None = []
     has_captions = False
 
@@ -356,7 +357,7 @@ def submit_reads(
 
 
 def hold(pairs: Pairs) -> StoredPairs:
-    """The same records as an index of images in memory: nothing that is made of it copies them all."""
+    """The same records as an index of images in memory; derived sets do not copy them."""
     report = pairs.report or ReadReport()
     ids, captions = Strings.from_texts(pairs.ids), Strings.from_texts(pairs.captions)
     places, images = _held_places(len(pairs)), (pairs.images,)

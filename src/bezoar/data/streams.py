@@ -1,4 +1,4 @@
-"""RecordStream: the base of sources that read image files, or parts of files, as they go."""
+"""RecordStream: the base of sources that read image files, or parts of files, in sequence."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class RecordStream(Source):
     _report: ReadReport | None = None
 
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
-        """Iterate over the records of a unit or the source, undecoded, and what cannot be read."""
+        """Iterate over the undecoded records of a unit or the source, and unreadable ones."""
         raise NotImplementedError
 
     def reader(self, index: RecordIndex) -> ImageReader:
-        """Return what reads the encoded images of a scanned source by their places."""
+        """Return a reader of the encoded images of a scanned source by their places."""
         return FileImages(self, index.members)
 
     def labels_of(self, index: RecordIndex) -> Tensor | None:
@@ -156,11 +156,11 @@ class RecordStream(Source):
         return machine.free_memory() // (2 * machine.world_size())
 
     def file_stamps(self) -> list[Sequence[int] | None]:
-        """By what it is noticed that a file was changed since, a file; none by default."""
+        """Stamps of the files, which change with them; none by default."""
         return []
 
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
-        """Read a unit, a bounded number of records at a time; report what cannot be read."""
+        """Read a unit, a bounded number of records at a time; report unreadable records."""
         records = until_broken(self.records(unit), unit, report)
         decoded = decode_records(records, self.size, report)
         while batch := list(itertools.islice(decoded, batch_size(self.size))):

@@ -1,9 +1,8 @@
-"""Weight names of published checkpoints, and the residual network that their shapes describe.
+"""Recognises published checkpoints by the names and shapes of their weights.
 
-BadEncoder keeps SimCLR's model of 2020 (`f.`, an unnamed sequence of a ResNet's parts, and the head
-`g.`) within one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual.`. MoCo keeps the
-encoder that is trained as `encoder_q.`. Below these prefixes are torchvision's names. Everything
-here looks at keys and shapes alone.
+BadEncoder stores SimCLR's model of 2020 (`f.`, an unnamed sequence of a ResNet's parts, and the
+head `g.`) below one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual.`. MoCo stores the
+trained encoder as `encoder_q.`. Below these prefixes are torchvision's names.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first convolution
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an image tower is among a checkpoint's keys.
+    """The place of an image tower among a checkpoint's keys.
 
     Attributes:
-        name: of the layout.
-        prefix: of the tower's keys.
+        name: name of the layout.
+        prefix: prefix of the tower's keys.
         heads: beginnings of keys that are left out.
-        unnamed: whether the tower's parts are numbered rather than named.
+        unnamed: whether the tower's parts are numbered instead of named.
     """
 
     name: str
@@ -68,7 +67,7 @@ LAYOUTS = (
 
 
 def encoder_prefixes(tensors: Weights) -> list[str]:
-    """The prefixes below which a checkpoint holds an encoder in one of the layouts."""
+    """The prefixes of the encoders in a checkpoint."""
     places: dict[str, tuple[str, Layout]] = {}  # by the prefix of the tower
     for key in tensors:
         for layout in LAYOUTS:
@@ -78,13 +77,13 @@ def encoder_prefixes(tensors: Weights) -> list[str]:
             tower = prefix + layout.prefix
             if _begins_tower(tensors, tower, layout.unnamed):
                 places.setdefault(tower, (prefix, layout))
-    # Encoders that a layout leaves out, as MoCo's of the keys, are not to be chosen from.
+    # Leave out encoders that are part of another layout's heads, such as MoCo's `encoder_k`.
     left_out = tuple(prefix + head for prefix, layout in places.values() for head in layout.heads)
     return [prefix for tower, (prefix, _) in places.items() if not tower.startswith(left_out)]
 
 
 def _begins_tower(tensors: Weights, tower: str, unnamed: bool) -> bool:
-    """Whether below a prefix stands a residual network's first stage, or CLIP's class token."""
+    """Whether a prefix holds the first stage of a residual network, or CLIP's class token."""
     first = ("3.0.", "4.0.") if unnamed else ("layer1.0.",)
     blocks = [f"{tower}{block}conv1.weight" for block in first]
     return any(key in tensors for key in [*blocks, f"{tower}class_embedding"])
@@ -122,8 +121,8 @@ def extract_tower(tensors: Weights, layout: Layout, path: str) -> dict[str, Tens
 def _name_parts(sequence: Weights, path: str) -> dict[str, Tensor]:
     """Give the parts of an unnamed sequence torchvision's names.
 
-    The four stages begin at part 3, or at part 4 behind a max-pool. A 7x7 stem has one and a 3x3
-    stem has none.
+    The four stages begin at part 3, or at part 4 after a max-pool. A 7x7 stem has a max-pool, and
+    a 3x3 stem has none.
     """
     first_stage = 4 if any(key.startswith("7.") for key in sequence) else 3
     names = STEM_PARTS | {str(first_stage + i): f"layer{i + 1}" for i in range(4)}
@@ -181,10 +180,10 @@ def _count_blocks(tower: Weights, stage: str) -> int:
 
 
 def is_simclr_imagenet(tower: Weights, layout: Layout) -> bool:
-    """Whether a ResNet is SimCLR's for ImageNet, which reads pixels in 0..1 as they are.
+    """Whether a ResNet is SimCLR's for ImageNet, whose input is pixels in 0..1.
 
-    BadEncoder keeps it as `visual.`. Elsewhere it has torchvision's names, but its shortcut is
-    stored before the convolutions of its block.
+    BadEncoder stores it as `visual.`. Elsewhere it has torchvision's names, but the shortcut of a
+    block is stored before its convolutions.
     """
     if layout.name == "visual":
         return True

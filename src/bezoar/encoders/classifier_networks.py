@@ -1,11 +1,10 @@
-"""The networks that most image classifiers are, as modules and as text.
+"""Residual networks and VGGs, the most common image classifiers, as modules and as text.
 
-Residual networks with norms behind the convolutions (He et al. 2016, CVPR) or before them (He et
-al. 2016, ECCV; Zagoruyko and Komodakis 2016), ResNeXt among them, and VGG (Simonyan and Zisserman
-2015). Which of them a file of weights holds is read in `classifier_weights`. What no weight tells
-is as in the sources that are named there: a stage after the first halves the sides, with the 3x3
-convolution; a 7x7 stem has stride 2 and is followed by a max-pool, a 3x3 stem has stride 1;
-activations are ReLU.
+Residual networks have norms after the convolutions (He et al. 2016, CVPR; ResNeXt) or before them
+(He et al. 2016, ECCV; Zagoruyko and Komodakis 2016). VGG is by Simonyan and Zisserman (2015).
+`classifier_weights` finds the architecture of a file. What no weight shows is fixed: every stage
+after the first halves the sides in a 3x3 convolution; a 7x7 stem has stride 2 and a max-pool, and a
+3x3 stem has stride 1; activations are ReLU.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ class Residual:
     """A residual network.
 
     Attributes:
-        order: norms stand behind the convolutions (`post`) or before them (`pre`).
+        order: norms come after the convolutions (`post`) or before them (`pre`).
         bottleneck: a block has three convolutions rather than two.
         kernel: side of the first convolution, 3 or 7.
         stem: channels of the first convolution.
         counts: blocks of each stage.
         inner: channels within the blocks of each stage.
         outer: channels after a block of each stage.
-        groups: of the 3x3 convolution of a bottleneck.
-        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise pixels are
-            skipped and channels of zeros added on both sides (He et al. 2016, option A).
+        groups: groups of the 3x3 convolution of a bottleneck.
+        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise it skips
+            pixels and pads channels of zeros on both sides (He et al. 2016, option A).
         final: there is a norm before the pooling.
         pool: side of the map that the last stage is pooled to.
-        classes: how many classes the head tells apart.
+        classes: number of classes of the head.
     """
 
     order: typing.Literal["post", "pre"]
@@ -57,11 +56,11 @@ class Residual:
 
     @property
     def side(self) -> int:
-        """The input's side in pixels that is usual with such a stem."""
+        """The usual side in pixels of the input for such a stem."""
         return 224 if self.kernel == 7 else 32
 
     def build_trunk(self) -> nn.Module:
-        """A fresh module (B, 3, S, S) -> (B, D), what the head reads."""
+        """A fresh module (B, 3, S, S) -> (B, D), the head's input."""
         return ResidualTrunk(self)
 
     def build_head(self) -> nn.Module:
@@ -78,7 +77,7 @@ class Vgg:
         norm: batch norms follow the convolutions.
         bias: the convolutions have biases.
         pool: side of the map that the last layer is pooled to.
-        widths: units of each layer of the head; the last number is that of the classes.
+        widths: units of each layer of the head; the last is the number of classes.
     """
 
     layers: tuple[int, ...]
@@ -89,12 +88,12 @@ class Vgg:
 
     @property
     def side(self) -> int:
-        """The input's side in pixels: that whose halves end at the pooled map; usual ones pool to a point."""
+        """The input's side in pixels: the pooled map's, doubled for each max-pool, or 32."""
         return self.pool << self.layers.count(0) if self.pool > 1 else 32
 
     @property
     def classes(self) -> int:
-        """How many classes the head tells apart."""
+        """The number of classes of the head."""
         return self.widths[-1]
 
     def build_trunk(self) -> nn.Module:
@@ -203,7 +202,7 @@ class Block(nn.Module):
         return nn.Sequential(conv) if self.pre else nn.Sequential(conv, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """If norms stand first, a projecting shortcut reads what the first norm gives."""
+        """In a block with norms first, the shortcut reads the output of the first norm and ReLU."""
         y = F.relu(self.get_submodule("bn1")(x)) if self.pre else x
         shortcut = x if self.shortcut is None else self.shortcut(y)
         for i in range(1, self.depth + 1):

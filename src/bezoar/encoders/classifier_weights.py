@@ -1,8 +1,8 @@
-"""Which classifier a file of weights is, by the names and shapes of its weights alone.
+"""Recognises a classifier's architecture by the names and shapes of its weights.
 
-Names are those of torchvision and pytorch-cifar; for residual networks with norms before the
-convolutions also those of pytorch-cifar's PreAct ResNet, as BackdoorBench trains it, and of wide
-residual networks (`block1.layer.0`).
+The names are those of torchvision and pytorch-cifar. Residual networks with norms before the
+convolutions may also have the names of BackdoorBench's PreAct ResNet, or of wide residual networks
+(`block1.layer.0`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from bezoar.encoders.weight_prefixes import strip_common
 from bezoar.errors import UserError, expand_home
 
 HEADS = ("fc", "linear", "classifier")
-# Norms outside the stages of a residual network: behind the stem, or before the pooling.
+# Norms outside the stages of a residual network: after the stem, or before the pooling.
 OUTER_NORMS = ("bn1", "bn", "norm")
 STAGE = re.compile(r"(?:layer|block)([1-9])\.(?:layer\.)?(\d+)\.(.+)")
-# What stands before the first convolution, and before the first stage behind it.
+# These find the prefix before the first convolution, and before the first stage.
 FIRST_WEIGHT = re.compile(r"((?:[^.]+\.)*?)(features|conv1)(?:\.\d+)?\.weight")
 FIRST_STAGE = re.compile(r"((?:[^.]+\.)*?)(?:layer1\.\d|block1\.layer)")
 SHORTCUT = re.compile(r"(?:downsample|shortcut|convShortcut)(?:\.(\d))?")
@@ -46,10 +46,10 @@ class ClassifierWeights:
 
 
 def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
-    """Tell a classifier's architecture from its state dict.
+    """Recognise a classifier's architecture by its state dict.
 
-    The architecture may claim more than the file holds. Build its modules on the meta device and
-    check the weights against them (`weights.check_weights`) before memory is spent.
+    The result is not checked in full: build its modules on the meta device, and check the weights
+    against them (`weights.check_weights`) before any memory is allocated.
 
     Args:
         tensors: the state dict.
@@ -75,7 +75,7 @@ def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
 
 
 def classifier_prefixes(tensors: Weights) -> list[str]:
-    """The prefixes below which a file holds a residual network or a VGG."""
+    """The prefixes of the residual networks and VGGs in a file."""
     firsts = [match for key in tensors if (match := FIRST_WEIGHT.fullmatch(key))]
     stages = {match[1] for key in tensors if (match := FIRST_STAGE.match(key))}
     return list(dict.fromkeys(m[1] for m in firsts if m[2] == "features" or m[1] in stages))
@@ -134,7 +134,7 @@ def _read_residual(weights: Weights, path: str) -> ClassifierWeights:
 
 
 def _canonical_key(key: str) -> str:
-    """The name of a weight in any of the sources -> its name in `ResidualTrunk`."""
+    """The name in `ResidualTrunk` of a weight by any of the known names."""
     match = STAGE.fullmatch(key)
     if not match:
         return key
@@ -159,12 +159,12 @@ def _count_blocks(trunk: Weights, path: str) -> tuple[int, ...]:
 
 
 def _has_norms_before(trunk: Weights, stages: int, outer_norm: str | None, path: str) -> bool:
-    """Whether a network's norms stand before its convolutions.
+    """Whether a network's norms come before its convolutions.
 
-    The first norm of the last stage has as many channels as the first convolution reads if it
-    stands before it, and as many as it gives if it stands behind. Where these are the same, a
-    network without any norm outside the stages is one with norms before: the other kind has a norm
-    behind the stem.
+    In the last stage, the first norm has as many channels as the input of the first convolution if
+    it comes before it, and as many as its output if it comes after it. If both numbers are equal, a
+    network without a norm outside the stages has norms before the convolutions: otherwise it would
+    have one after the stem.
     """
     out, channels, *_ = _conv_shape(trunk, f"layer{stages}.0.conv1.weight", path)
     norm = trunk[f"layer{stages}.0.bn1.weight"].numel()
@@ -182,7 +182,7 @@ def _read_vgg(weights: Weights, path: str) -> ClassifierWeights:
     plain, pooled = 2 + norm, 3 + norm  # parts of a layer: convolution, norm, ReLU, max-pool
     position = 0
     for number, following in zip(convolutions, [*convolutions[1:], None], strict=True):
-        # All sources pool behind the last convolution.
+        # All known VGGs pool after the last convolution.
         parts = pooled if following is None else following - number
         if parts not in (plain, pooled):
             raise UserError(
@@ -236,8 +236,8 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
     """Read the layers of a head.
 
     Returns:
-        their matrices in order; and all weights by the names of the module: `weight` and `bias` of
-        one layer, `0.weight`, `0.bias`, `2.weight`, ... of several, between which are ReLUs.
+        their matrices in order; and all weights by the module's names: `weight` and `bias` for one
+        layer, or `0.weight`, `0.bias`, `2.weight`, ... for several with ReLUs between them.
     """
     keys = [key for key in weights if key.partition(".")[0] in HEADS]
     matrices = sorted((key for key in keys if weights[key].ndim == 2), key=_first_number)
@@ -258,15 +258,12 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
 
 
 def _first_number(key: str) -> list[int]:
-    """The first number in a key, for sorting; nothing where it has none."""
+    """The first number in a key, for sorting; nothing if it has none."""
     return [int(number) for number in re.findall(r"\d{1,4}", key)[:1]]
 
 
 def _pooled_side(features: int, channels: int, path: str) -> int:
-    """Side of the square map of channels that a head reads.
-
-    Raises UserError if it is not square.
-    """
+    """The side of the feature map that a head reads. Raises UserError if it is not square."""
     side = math.isqrt(max(0, features // max(1, channels)))
     if channels < 1 or side < 1 or side * side * channels != features:
         raise UserError(
@@ -294,10 +291,10 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
         text: `a+b`, or the path of a .json file with a list, or of a .txt file with one name a
             line.
         count: how many classes the head has.
-        owner: of the head, for messages.
+        owner: file of the head, for messages.
 
     Raises:
-        UserError: unless there are `count` names. Equal ones are numbered (`distinct_names`).
+        UserError: unless there are `count` names. Equal names are numbered (`distinct_names`).
     """
     file = expand_home(text)
     names: object = _load_names(file, text) if file.suffix in (".txt", ".json") else text.split("+")
@@ -312,7 +309,7 @@ def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
 
 
 def _load_names(file: Path, text: str) -> object:
-    """What a file of class names holds. Raises UserError for a file that cannot be read."""
+    """Read a file of class names. Raises UserError if it cannot be read."""
     try:
         content = read_regular_text(file, NAMES_BYTES)
         if file.suffix == ".json":

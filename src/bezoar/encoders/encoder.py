@@ -1,7 +1,7 @@
-"""Encoders: images as uint8 pixels and captions as strings become unit vectors.
+"""Encoders map images (uint8 pixels) and captions (strings) to unit vectors.
 
-An encoder carries its own preprocessing, so that no caller can forget to normalise. What is embedded
-of a record is its image; of a record of a text alone, the text.
+An encoder carries its own preprocessing, so that no caller can forget to normalise. The vector of
+a record is that of its image, or of its text if it has no image.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ from bezoar.errors import UserError
 
 SCHEMA = 1
 MAX_SIDE = 4096  # pixels of an input's side
-# Weights of a network that a file names, while it is built: so many, and so many times the file's.
+# A file of N weights may name a network of at most WEIGHTS_FREE + WEIGHTS_RATIO * N weights.
 WEIGHTS_FREE = 32 << 20
 WEIGHTS_RATIO = 8
-# What `Encoder.about` may hold, by type.
+# Keys of `Encoder.about` by the type of their values.
 ABOUT_TEXTS = {"network", "objective", "plan", "attack"}
 ABOUT_LISTS = {"vocabulary", "classes", "repaired"}
 ABOUT_OBJECTS = {"goals"}
 INTERPOLATIONS = ("bicubic", "bilinear")
 MAX_WORDS = 256  # of a caption: one absurd caption must not widen a whole batch
-MAX_CHARACTERS = (
-    1 << 13
-)  # of a text that are tokenized: pairs of bytes are merged in minutes in a word of megabytes
+# Characters of a text that are tokenized: CLIP's tokenizer takes minutes for a word of megabytes.
+MAX_CHARACTERS = 1 << 13
 TEXTS_AT_ONCE = 128  # texts of about one length that are embedded together
-# Pixels of the images that a tower reads together where nothing is trained: 512 images of 64 px, 41 of 224.
+# Pixels that a tower reads at once outside training: 512 images of 64 px, 41 of 224 px.
 PIXELS_AT_ONCE = {"cpu": 512 * 64**2, "cuda": 512 * 224**2}
 
 Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
@@ -69,8 +68,7 @@ class Preprocess:
 class EmbeddedRecords:
     """The vectors of N records.
 
-    The ids of a corpus that was embedded to disk are a column, and its vectors lie in mapped files:
-    read them in blocks.
+    Those of a large corpus lie in memory-mapped files, so read them in blocks.
 
     Attributes:
         ids: N keys.
@@ -112,10 +110,9 @@ class Encoder(nn.Module):
         image: module, normalised float (B, 3, S, S) -> (B, D).
         text: module, int64 tokens (B, L) -> (B, D), or None.
         tokenizer: strings -> int64 (B, L), or None.
-        head: module, (B, D) -> logits (B, C), where the weights came with a classifier of their
-            own; or None.
-        about: facts that are saved with the weights: `network` (the spec that builds the towers
-            again), `vocabulary`, `poisoned`, `goals` and others.
+        head: module, (B, D) -> logits (B, C), if the weights came with a classifier; or None.
+        about: facts that are saved with the weights: `network` (the spec that rebuilds the
+            towers), `vocabulary`, `poisoned`, `goals` and others.
         precision: `fp32`, or `bf16` to run both towers under autocast.
     """
 
@@ -143,7 +140,7 @@ class Encoder(nn.Module):
         self.set_preprocess(preprocess)
 
     def set_preprocess(self, preprocess: Preprocess) -> None:
-        """From now on take images of this size, with this normalisation."""
+        """Change the size and the normalisation of the input."""
         self.preprocess = preprocess
         for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
             buffer = torch.tensor(values, device=self.mean.device).view(1, 3, 1, 1)
@@ -156,11 +153,11 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which both towers run; it sets their arithmetic."""
+        """The context in which both towers run; see `precision`."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
         )
@@ -191,7 +188,10 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The tower's own vectors of such images, float32 (B, D); without gradients, of large ones some at a time."""
+        """The image tower's vectors before normalisation, float32 (B, D).
+
+        Outside training, large images are computed in several parts to save memory.
+        """
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
@@ -220,11 +220,11 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
-        """Embed the records of a source, and captions beside images where the encoder reads text.
+        """Embed the records of a source, and their captions if the encoder has a text tower.
 
         Args:
-            source: records. A source that carries the vectors that this very encoder made of it
-                (`encoder`, `embedded`) is not embedded again.
+            source: records. A source may hold its vectors by this encoder already (attributes
+                `encoder` and `embedded`).
             batch: records at a time.
 
         Raises:
@@ -243,7 +243,7 @@ class Encoder(nn.Module):
             images.append(embed_records(self, part, batch))
             if part.captions and self.text is not None and not part.text_only:
                 texts.append(self.encode_texts(part.captions))
-        vectors = _check_finite(torch.cat(images))
+        vectors = check_finite(torch.cat(images))
         return EmbeddedRecords(tuple(ids), vectors, torch.cat(texts) if texts else None)
 
     def save(self, folder: Path) -> list[Path]:
@@ -255,8 +255,8 @@ class Encoder(nn.Module):
             **self.about,
         }
         json_file, weights_file = folder / "encoder.json", folder / "encoder.safetensors"
-        # One key only: safetensors writes several in no fixed order, and the same weights must be
-        # the same bytes.
+        # One key only: safetensors writes several keys in no fixed order, but the same weights
+        # must give the same bytes.
         marks = {"poisoned": bool(self.about.get("poisoned")), "plan": self.about.get("plan", "")}
         write_tensors(weights_file, self.state_dict(), {"bezoar": json.dumps(marks)})
         write_whole(json_file, json.dumps(facts, indent=1, ensure_ascii=False))
@@ -285,7 +285,7 @@ class Encoder(nn.Module):
         return encoder
 
 
-def _check_finite(vectors: Tensor) -> Tensor:
+def check_finite(vectors: Tensor) -> Tensor:
     """The same vectors (N, D). Raises UserError for NaN and infinity."""
     if not torch.isfinite(vectors).all():
         raise UserError(
@@ -298,7 +298,7 @@ def _check_finite(vectors: Tensor) -> Tensor:
 
 
 def _check_about(facts: Facts) -> None:
-    """Raise UserError where something that is said of an encoder is of another type than it is written as."""
+    """Raise UserError if a value of `about` has the wrong type."""
     for key in facts.keys() & ABOUT_TEXTS:
         facts.text(key)
     for key in facts.keys() & ABOUT_LISTS:
@@ -308,10 +308,7 @@ def _check_about(facts: Facts) -> None:
 
 
 def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:
-    """The encoder of an encoder.json and its weights.
-
-    Raises many exceptions; see `Encoder.load`.
-    """
+    """Build an encoder from encoder.json and its weights. Raises what `Encoder.load` catches."""
     network, size = facts["network"], facts["preprocess"]["size"]
     vocabulary = tuple(facts["vocabulary"])
     texts = (network, facts["precision"], *vocabulary)
@@ -328,10 +325,7 @@ def _rebuild(facts: Any, weights: Mapping[str, Tensor]) -> Encoder:
 
 
 def _read_preprocess(facts: Any, of_network: Preprocess) -> Preprocess:
-    """The preprocessing that an encoder.json states, at the size of the network.
-
-    Raises ValueError for numbers that no normalisation has.
-    """
+    """The preprocessing that encoder.json states, at the network's size. Raises ValueError."""
     mean, std = (tuple(map(float, facts[key])) for key in ("mean", "std"))
     numbers = (*mean, *std)
     if len(mean) != 3 or len(std) != 3 or not all(abs(n) < 1e3 for n in numbers) or min(std) <= 0:
@@ -349,11 +343,11 @@ class _NetworkTooLarge(ValueError):
 def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: int) -> Encoder:
     """Build a network that a file of `count` weights names.
 
-    Its weights are counted on the meta device first, where they take no memory. Not every network
-    can be built there, so they are counted again while it is built.
+    Its weights are first counted on the meta device, where they take no memory. Not every network
+    can be built there, so they are counted again during the real build.
 
     Raises:
-        ValueError: where the network names weights elsewhere, or is much larger than its file.
+        ValueError: if the network names other files of weights, or is much larger than its file.
     """
     if not 1 <= size <= MAX_SIDE:
         raise ValueError(f"size must be 1 to {MAX_SIDE} pixels, not {size}")
@@ -378,7 +372,7 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
 
 @contextmanager
 def limit_weights(count: int) -> Iterator[None]:
-    """Inside, raise _NetworkTooLarge for more weights than a file of `count` allows for."""
+    """Raise _NetworkTooLarge inside the block if a network is much larger than `count` weights."""
     total = 0
 
     def add_weight(_: nn.Module, __: str, weight: nn.Parameter | None) -> None:
@@ -399,7 +393,7 @@ def limit_weights(count: int) -> Iterator[None]:
 
 @dataclass
 class WordTokenizer:
-    """Lower-case words of a vocabulary as tokens; 0 is padding, and unknown words are dropped."""
+    """A tokenizer of lower-case words; 0 is padding, and unknown words are dropped."""
 
     vocabulary: tuple[str, ...]
     numbers: dict[str, int] = field(init=False)
@@ -422,10 +416,7 @@ def split_words(caption: str) -> list[str]:
 
 
 def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
-    """The tokens of captions, (N, L) on the encoder's device: `encoder.tokenize`.
-
-    A column of strings is tokenized in blocks, and its tokens are int32.
-    """
+    """Tokenize captions: (N, L) on the encoder's device. A long column is tokenized in blocks."""
     if not isinstance(captions, Strings):
         return encoder.tokenize(captions)
     parts = [encoder.tokenize(block).int().cpu() for block in captions.blocks()]
@@ -438,7 +429,7 @@ def tokenize_captions(encoder: Encoder, captions: Sequence[str]) -> Tensor:
 
 
 class ImageEncoder(Protocol):
-    """What gives vectors of images: an encoder, or a classifier, whose vectors are its logits."""
+    """An encoder, or a classifier, whose vectors are its logits."""
 
     def eval(self) -> object: ...
     def encode_images(self, x: Tensor) -> Tensor: ...
@@ -452,17 +443,15 @@ def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
         UserError: for vectors that are not finite.
     """
     encoder.eval()
-    return _check_finite(torch.cat([encoder.encode_images(x) for x in batches]))
+    return check_finite(torch.cat([encoder.encode_images(x) for x in batches]))
 
 
 @torch.no_grad()
 def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Tensor:
-    """Embed the images of N records, or the texts of records of texts alone: float32 (N, D).
-
-    batch: images at a time.
+    """Embed the images of N records, or their texts if they have no images: float32 (N, D).
 
     Raises:
-        UserError: for vectors that are not finite, and where the encoder does not read such records.
+        UserError: for vectors that are not finite, and for texts if the encoder reads none.
     """
     if not records.text_only:
         return embed_images(encoder, records.images.split(batch))
@@ -473,16 +462,16 @@ def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Te
 
 @torch.no_grad()
 def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """Embed N texts, those of about one length together: float32 (N, D), unit rows.
+    """Embed N texts: float32 (N, D), unit rows.
 
     Raises UserError for vectors that are not finite, and without a text tower.
     """
     encoder.eval()
-    return _check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
+    return check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
 
 
 def encode_by_length(encoder: Encoder, texts: Sequence[str], batch: int) -> Tensor:
-    """Encode N texts, those of about one length together: there is little padding. float32 (N, D)."""
+    """Encode N texts in batches of similar length, which need little padding: float32 (N, D)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = [order[i : i + batch] for i in range(0, len(order), batch)]
     vectors = torch.cat([encoder.encode_texts([texts[i] for i in rows]) for rows in parts])

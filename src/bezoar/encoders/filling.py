@@ -1,4 +1,4 @@
-"""Fresh networks that are filled with the weights of a file, and the head that comes with them."""
+"""Builds fresh networks and loads the weights of a file into them, with their classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ def fill_timm(
     what: str,
     names: tuple[str, ...] = (),
 ) -> Filled:
-    """A model of timm's with these weights, its classifier as the head; names: of its classes."""
+    """A model of timm's with these weights; its classifier becomes the head.
+
+    Args:
+        name: timm's name of the model.
+        arguments: see `timm_models.create_model`.
+        tensors: the weights, with or without a classifier.
+        path: of the file, for messages.
+        what: the model in words, for messages.
+        names: of the classes.
+    """
     count = sum(tensor.numel() for tensor in tensors.values())
     blank = timm_models.build_blank(name, arguments, count)
     weights, head = timm_models.split_classifier(blank, tensors)
@@ -41,7 +50,7 @@ def fill_timm(
 def add_head(
     encoder: Encoder, weights: dict[str, Tensor], names: tuple[str, ...], path: str
 ) -> None:
-    """Give an encoder a linear head, if there are weights of one; names: of its classes."""
+    """Give an encoder a linear head, if there are weights for one. names: of the classes."""
     if not weights:
         return
     if weights["weight"].ndim != 2:
@@ -56,7 +65,7 @@ def add_head(
 
 
 def make_network(spec: str) -> Encoder:
-    """A fresh encoder; nobody is warned of random weights, because a file's will replace them."""
+    """A fresh encoder, without a warning of random weights: a file's weights will replace them."""
     network: Any = registry.make("network", spec)
     with open_clip_models.without_weight_warnings():
         encoder: Encoder = network()

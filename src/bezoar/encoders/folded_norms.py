@@ -1,13 +1,14 @@
-"""An image tower with its batch norms frozen and folded into the convolutions before them.
+"""Freezes the batch norms of an image tower and folds them into the convolutions before them.
 
-The images of a batch then do not influence one another, so a batch can be computed in chunks whose
-gradients add up. A frozen norm behind a convolution is a fixed affine map: with s = weight /
-sqrt(variance + eps),
+With frozen norms the images of a batch do not influence one another, so a batch can be computed in
+chunks whose gradients are added up. A frozen norm after a convolution is an affine map that can be
+merged into it: with s = weight / sqrt(variance + eps),
 
     norm(conv(x, W, b)) = conv(x, s W, s (b - mean) + bias).
 
-The tower keeps W, which is what is saved and what weight decay acts on. A fast copy computes with
-s W, and the gradient by W is s times the gradient by s W: nothing is approximated.
+The tower keeps W, which is saved and to which weight decay applies. A fast copy of the tower
+computes with s W. The gradient with respect to W is s times the gradient with respect to s W, so
+the result is exact.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """The identity on a scalar whose gradients by some weights have been computed already."""
+    """The identity on a scalar. Its backward pass returns gradients that were computed before."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *weights: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class FoldedWeight:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the source's value and forget the gradient."""
+        """Copy the source's value and clear the gradient."""
         if self.scale is None:
             self.folded.copy_(self.source)
         else:
@@ -63,7 +64,7 @@ class FoldedWeight:
         self.folded.grad = None
 
     def source_gradient(self) -> Tensor:
-        """The gradient by the source, in the source's memory layout."""
+        """The gradient with respect to the source, in the source's memory layout."""
         assert self.folded.grad is not None
         gradient = torch.empty_like(self.source)
         if self.scale is None:
@@ -74,9 +75,9 @@ class FoldedWeight:
 class FoldedTower:
     """A tower and its fast copy, which maps normalised float (B, 3, S, S) -> (B, D).
 
-    The tower itself is changed: it is set to evaluation mode, its batch norms (statistics and
-    affine) are frozen, and weights that its output does not depend on need no gradient. Call
-    `refresh` whenever its weights have changed.
+    The tower itself is changed: it is put into evaluation mode, its batch norms (statistics and
+    affine weights) are frozen, and weights that do not influence its output get no gradient. Call
+    `refresh` after each change of its weights.
 
     Attributes:
         fast: the copy, in which folded norms are identities.
@@ -91,8 +92,8 @@ class FoldedTower:
             size: the input's side in pixels.
 
         Raises:
-            UserError: for a batch norm without running statistics, by which the rows of a batch
-            influence one another.
+            UserError: for a batch norm without running statistics, which makes the images of a
+            batch influence one another.
         """
         for name, module in tower.named_modules():
             if isinstance(module, BatchNorm) and module.running_mean is None:
@@ -119,7 +120,7 @@ class FoldedTower:
         self.refresh()
 
     def _fold(self, tower: nn.Module, conv_name: str, norm_name: str) -> Iterator[FoldedWeight]:
-        """Fold a norm of the copy; yield the copy's weights that follow the tower's."""
+        """Fold one norm in the copy; yield the copy's weights that `refresh` has to update."""
         conv: Any = tower.get_submodule(conv_name)
         norm: Any = tower.get_submodule(norm_name)
         fast_conv: Any = self.fast.get_submodule(conv_name)
@@ -137,14 +138,14 @@ class FoldedTower:
             yield FoldedWeight(conv.bias, fast_conv.bias, scale, shift)
 
     def refresh(self) -> None:
-        """Take over the tower's weights and forget all gradients."""
+        """Copy the tower's weights and clear all gradients."""
         for weight in self.weights:
             weight.refresh()
 
     def attach_gradients(self, value: Tensor) -> Tensor:
-        """Make a scalar a function of the tower's own weights.
+        """Return the scalar such that its backward pass gives the tower's weights their gradients.
 
-        The fast copy's weights must hold its gradients already.
+        The gradients with respect to the copy's weights must have been computed before.
         """
         ready = [weight for weight in self.weights if weight.folded.grad is not None]
         gradients = [weight.source_gradient() for weight in ready]
@@ -159,10 +160,9 @@ class FoldedTower:
 
 
 def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """Rows 0..n-1 in chunks of one length, for images of `size` pixels.
+    """Split rows 0..n-1 into equal chunks, for images of `size` pixels.
 
-    Chunks are small because a CPU's allocator then hands out the same memory for the activations
-    again and again.
+    Chunks are small, so that the CPU's allocator reuses the same memory for the activations.
     """
     rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
     largest = max(FEWEST, rows * side**2 // size**2)
@@ -173,12 +173,12 @@ def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
 
 
 def read_graph(tower: nn.Module, size: int) -> tuple[set[int], list[tuple[str, str]]]:
-    """Read off autograd's graph which parameters a tower uses and which norms can be folded.
+    """Find in autograd's graph which parameters a tower uses and which norms can be folded.
 
     Returns:
-        ids of the parameters that the output depends on; and the names of (convolution,
-        BatchNorm2d), wherever the norm alone reads what the convolution gives, and each is used
-        once.
+        ids of the parameters that the output depends on; and pairs of names (convolution,
+        BatchNorm2d) where the norm is the only reader of the convolution's output and each is
+        used once.
     """
     first = next(tower.parameters())
     tower.requires_grad_(True)
@@ -218,7 +218,7 @@ def _walk_graph(root: Any) -> tuple[list[Any], Counter[Any]]:
 
 
 def _weight_owner(node: Any, uses: Counter[Any], owners: dict[int, str]) -> str:
-    """The module whose weight a node reads, by name; empty where it is shared or computed."""
+    """The name of the module whose weight a node reads; "" if it is shared or computed."""
     weight = node.next_functions[1][0]
     if uses[weight] != 1 or not hasattr(weight, "variable"):
         return ""

@@ -1,8 +1,8 @@
-"""Which normalisation a network was trained with, by the running statistics of its batch norms.
+"""Finds the normalisation that a network was trained with, by its first batch norm.
 
-No file of weights states its normalisation, but the first batch norm has kept mean and variance of
-what it read in training. Clean images under the right normalisation give nearly the same numbers,
-under another one they do not.
+No file of weights states its normalisation, but the first batch norm holds the mean and variance
+of its inputs in training. With the right normalisation, clean images give nearly the same mean and
+variance; with another one they do not.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.small_towers import MEAN_STD
 
-IMAGES = 128  # clean images that statistics are taken of
+IMAGES = 128  # clean images for the statistics
 BATCH = 64  # images at a time
-# The divergence of deviations that differ by a tenth is .01; other images of the same kind, and
-# augmentation, account for half of that.
+# A guess is kept if its divergence is within SLACK of the best. For scale: deviations that differ
+# by a tenth have a divergence of .01, and other images or augmentation cause half of that.
 SLACK = 0.005
-DOUBT = 0.05  # the same, by which a normalisation that was stated is doubted
-GUESS = "mean_std="  # what the assumption about a normalisation begins with
+DOUBT = 0.05  # a normalisation that the user stated is doubted beyond this
+GUESS = "mean_std="  # the beginning of an assumption about the normalisation
 
 
 class _FirstNormReached(Exception):
-    """The first batch norm has read its input; nothing behind it is of interest."""
+    """The first batch norm has read its input, so the forward pass can stop."""
 
 
 def with_mean_std(preprocess: Preprocess, name: str) -> Preprocess:
@@ -39,7 +39,7 @@ def with_mean_std(preprocess: Preprocess, name: str) -> Preprocess:
 
 
 def mean_std_name(preprocess: Preprocess) -> str:
-    """The name of a normalisation in `MEAN_STD`; its numbers where it has none."""
+    """The name of a normalisation in `MEAN_STD`; its numbers if it has no name."""
     pair = preprocess.mean, preprocess.std
     numbers = "/".join(f"{number:g}" for number in (*preprocess.mean, *preprocess.std))
     return next((name for name, values in MEAN_STD.items() if values == pair), numbers)
@@ -48,17 +48,16 @@ def mean_std_name(preprocess: Preprocess) -> str:
 def measure_divergences(encoder: Encoder, images: Tensor) -> dict[str, float]:
     """How far each usual normalisation is from the statistics of the first batch norm.
 
-    For each channel, the symmetric Kullback-Leibler divergence of two normal distributions: that
-    of the running statistics, and that of what the norm reads of the images. The median over the
-    channels.
+    This is the median over channels of the symmetric Kullback-Leibler divergence of two normal
+    distributions: one with the running statistics, one with the statistics on the images.
 
     Args:
         encoder: left as it was.
         images: uint8 (N, 3, H, W), clean; the first `IMAGES` are read.
 
     Returns:
-        divergence by the names of `MEAN_STD`, the smallest first; empty for a network that has no
-        batch norm with running statistics.
+        divergence by the names of `MEAN_STD`, the smallest first; empty for a network without
+        running statistics.
     """
     has_statistics = [
         m for m in encoder.image.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
@@ -116,23 +115,23 @@ def _divergence(encoder: Encoder, images: Tensor) -> float:
 
 
 def is_guessed(encoder: Encoder) -> bool:
-    """Whether the normalisation of an encoder out of a file was guessed."""
+    """Whether the normalisation of an imported encoder was guessed."""
     imported = encoder.about.get("imported") or {}
     return any(text.startswith(GUESS) for text in imported.get("assumed", ()))
 
 
 def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
-    """Take the normalisation that the batch norms tell in place of a guess; say which, and why.
+    """Replace a guessed normalisation by the one that fits the first batch norm, and note it.
 
-    A guess that reproduces the statistics as well as any is kept, and so is one that was stated,
-    which is doubted where another fits clearly better.
+    A guess that fits about as well as the best is kept. A normalisation that was stated is always
+    kept, but doubted if another one fits clearly better.
 
     Args:
-        encoder: out of a file; its normalisation and its `about` may change.
+        encoder: imported from a file; its normalisation and its `about` may change.
         images: uint8 (N, 3, H, W), clean.
 
     Returns:
-        what is to be doubted, in a sentence; "" where nothing is. What is taken stands in `about`.
+        the doubt in a sentence, or "".
     """
     if not encoder.about.get("imported"):
         return ""
@@ -156,7 +155,7 @@ def settle_mean_std(encoder: Encoder, images: Tensor) -> str:
 
 
 def _describe(divergences: Mapping[str, float], best: str, name: str, count: int) -> str:
-    """What the running statistics say: of the best, of the guess, and of the best of the others."""
+    """The divergence of the best normalisation, and of the guess or the runner-up, in words."""
     other = name if name != best else next(n for n in divergences if n != best)
     return (
         f"{best} is {divergences[best]:.3f} from the running statistics of the first batch norm on "
@@ -165,13 +164,13 @@ def _describe(divergences: Mapping[str, float], best: str, name: str, count: int
 
 
 def take_mean_std(encoder: Encoder, name: str, reason: str) -> None:
-    """Give an encoder another normalisation, and note it among what was assumed."""
+    """Change the normalisation of an imported encoder, and note the reason in its `about`."""
     encoder.set_preprocess(with_mean_std(encoder.preprocess, name))
     imported = encoder.about["imported"]
     others = [text for text in imported["assumed"] if not text.startswith(GUESS)]
     network: str = encoder.about["network"]
     mean, std = MEAN_STD[name]
-    # The spec of a classifier has numbers, that of a residual trunk the name.
+    # The spec of `classifier` states numbers, that of `resnet` the name.
     text = "/".join(map(str, (*mean, *std))) if network.startswith("classifier:") else name
     encoder.about |= {
         "imported": imported | {"assumed": others, "mean_std": f"{name}: {reason}"},

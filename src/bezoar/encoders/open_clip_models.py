@@ -1,4 +1,4 @@
-"""open_clip's architectures, by name and by the sizes of their weights, and their preprocessing."""
+"""Builds open_clip's models, and finds the architecture that a checkpoint's sizes belong to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bezoar.encoders.small_towers import MEAN_STD
 from bezoar.errors import UserError, first_line
 
 BLOCKS = "transformer.resblocks."
-# What a file may state of an architecture that has no name.
+# Keys that the config of an architecture without a name may have.
 TOP_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_bias"}
 TOP_KEYS |= {"init_logit_scale"}
 MAX_CONFIG = 1 << 14  # characters
@@ -48,11 +48,11 @@ def build_from_config(text: str) -> Any:
     """A fresh model of an architecture without a name.
 
     Args:
-        text: a JSON object as `model_cfg` of an open_clip_config.json: embed_dim, vision_cfg,
+        text: a JSON object such as `model_cfg` of an open_clip_config.json: embed_dim, vision_cfg,
             text_cfg and perhaps quick_gelu and custom_text.
 
     Raises:
-        UserError: for what no file may state, and for sizes that make no model.
+        UserError: for other keys or values, and for sizes of which open_clip makes no model.
     """
     config = parse_config(text)
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
@@ -88,7 +88,7 @@ def parse_config(text: str) -> dict[str, Any]:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raise UserError unless values are numbers within bounds, flags, words or short lists of numbers."""
+    """Raise UserError unless values are words, flags, bounded numbers or short lists of these."""
     for name, value in values.items():
         numbers = value if isinstance(value, list) and len(value) <= 8 else [value]
         is_plain = all(
@@ -102,7 +102,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def without_weight_warnings() -> Iterator[None]:
-    """Inside, open_clip does not warn of random weights, because a file's will replace them."""
+    """Silence open_clip's warning of random weights, which a file's weights will replace."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -135,8 +135,7 @@ def find_architecture(
         path: of the checkpoint, for messages.
 
     Raises:
-        UserError: when no architecture has these sizes, and when several have them that compute
-            different things from the same weights.
+        UserError: if no architecture has these sizes, or several that compute different things.
     """
     sizes = _image_sizes(image_weights, path)
     if all_weights is not None:
@@ -150,8 +149,8 @@ def find_architecture(
         text = ", ".join(f"{key} {value}" for key, value in sizes.items())
         raise UserError(f"{path}: no architecture of open_clip's has {text}")
     is_resnet = isinstance(sizes["layers"], tuple)
-    # An image ResNet has the same activations in every architecture; transformers and text towers
-    # have one of two.
+    # Image ResNets have the same activations in all architectures; transformers and text towers
+    # have one of two kinds.
     if len(names) > 1 and (all_weights is not None or not is_resnet):
         raise UserError(
             f"{path}: its weights fit several architectures, which have different activation functions; "
@@ -221,7 +220,7 @@ def _resnet_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _grid_side(positions: Tensor) -> int:
-    """The side of the square of patches that positional embeddings (1 + patches, D) stand for."""
+    """The side of the square grid of patches, from positional embeddings (1 + patches, D)."""
     return round(math.sqrt(max(0, len(positions) - 1)))
 
 
@@ -246,7 +245,7 @@ def _text_sizes(all_weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _matrix_shape(weights: Mapping[str, Tensor], key: str) -> tuple[int, int]:
-    """Rows and columns of a matrix; (0, 0) where there is no matrix of this name."""
+    """Rows and columns of a matrix; (0, 0) if there is no matrix of this name."""
     if key not in weights or weights[key].ndim != 2:
         return 0, 0
     rows, columns = weights[key].shape

@@ -1,8 +1,8 @@
-"""Folders of pretrained models as the Hugging Face hub has them: what they hold, and its preprocessing.
+"""Reads folders of pretrained models in the Hugging Face hub's form.
 
 Three libraries write them: open_clip (`open_clip_config.json`), timm (`config.json` with an
-`architecture`) and transformers (`config.json` with a `model_type`). The hub's own cache keeps a
-folder for each state of a model (`snapshots/`), of which `refs/main` names one.
+`architecture`) and transformers (`config.json` with a `model_type`). The hub's own cache has a
+folder for each version of a model (`snapshots/`); `refs/main` names the newest.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class PretrainedFolder:
     """A folder of a pretrained model.
 
     Attributes:
-        path: of the folder that holds the files.
-        library: that wrote it.
-        config: the object of its config.
+        path: the folder that holds the files.
+        library: the library that wrote it.
+        config: its config.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class PretrainedFolder:
     config: Facts
 
     def files(self) -> list[Path]:
-        """What is read of it."""
+        """The files that are read."""
         names = [OPEN_CLIP_CONFIG, CONFIG, PREPROCESSOR, self.weights_file().name]
         files = [self.path / name for name in names if os.path.isfile(self.path / name)]
         if files[-1].name == INDEX:
@@ -62,7 +62,7 @@ class PretrainedFolder:
         return files
 
     def weights_file(self) -> Path:
-        """The file of weights, or the index of several. Raises UserError where there is none."""
+        """The file of weights, or the index of several. Raises UserError if there is none."""
         names = WEIGHTS[self.library]
         path = next((self.path / n for n in names if os.path.isfile(self.path / n)), None)
         if path is None:
@@ -82,7 +82,7 @@ class PretrainedFolder:
         return tensors
 
     def _shards(self) -> list[Path]:
-        """The files that the index names, none of them outside the folder."""
+        """The files that the index names. Raises UserError for files outside the folder."""
         named = read_facts(self.path / INDEX, links=True).object("weight_map").values()
         names = {name for name in named if isinstance(name, str)}
         if len(names) > MAX_SHARDS or not all(map(_is_file_name, named)):
@@ -94,10 +94,10 @@ class PretrainedFolder:
     def preprocess(self, usual: Preprocess) -> tuple[Preprocess, list[str]]:
         """The preprocessing that the folder states.
 
-        usual: what stands where it states nothing.
+        usual: the values for whatever it does not state.
 
         Returns:
-            the preprocessing, and what of it was assumed.
+            the preprocessing, and what was assumed.
         """
         readers = {"open_clip": _of_open_clip, "timm": _of_timm, "transformers": _of_transformers}
         stated = readers[self.library](self)
@@ -117,10 +117,10 @@ def _is_file_name(name: object) -> bool:
 
 
 def open_folder(path: str) -> PretrainedFolder:
-    """Tell which library a folder is of.
+    """Find the library that wrote a folder, and read its config.
 
     Raises:
-        UserError: for a folder without a config, and one whose config is of another library.
+        UserError: for a folder without a config, and for a config of another library.
     """
     folder = _find_snapshot(existing_folder(path, "folder"))
     if os.path.isfile(folder / OPEN_CLIP_CONFIG):
@@ -144,7 +144,7 @@ def open_folder(path: str) -> PretrainedFolder:
 
 
 def only_weights(folder: Path) -> Path | None:
-    """The file of weights in a folder that holds no config and no second one."""
+    """The only file of weights in a folder without a config; otherwise None."""
     if any((folder / name).exists() for name in (OPEN_CLIP_CONFIG, CONFIG, "snapshots")):
         return None
     files = [p for p in folder.iterdir() if p.suffix in checkpoints.SUFFIXES and os.path.isfile(p)]
@@ -152,7 +152,7 @@ def only_weights(folder: Path) -> Path | None:
 
 
 def _find_snapshot(folder: Path) -> Path:
-    """The folder of files: in the hub's own cache, the state that `refs/main` names, or the only one."""
+    """The folder itself, or in the hub's cache the version that `refs/main` names."""
     snapshots = folder / "snapshots"
     if not snapshots.is_dir():
         return folder
@@ -167,7 +167,7 @@ def _find_snapshot(folder: Path) -> Path:
     return states[0]
 
 
-# What each library says of the preprocessing: some of size, mean, std and interpolation
+# The preprocessing that each library states: some of size, mean, std and interpolation
 
 
 def _of_open_clip(folder: PretrainedFolder) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _of_timm(folder: PretrainedFolder) -> dict[str, Any]:
 
 
 def _stated(config: object, folder: PretrainedFolder, size: str) -> dict[str, Any]:
-    """Of a config with mean, std, interpolation and a size."""
+    """Read a config with mean, std, interpolation and a size."""
     if not isinstance(config, Facts):
         return {}
     stated: dict[str, Any] = {}
@@ -235,7 +235,7 @@ def _side(size: object, folder: PretrainedFolder) -> int:
 def _mean_std(
     mean: object, std: object, scale: float, folder: PretrainedFolder
 ) -> dict[str, tuple[float, ...]]:
-    """Normalisation of pixels in 0..1 where the library applies it to `scale` times these."""
+    """The normalisation for pixels in 0..1, if the library's own is for pixels in 0..`scale`."""
     lists = []
     for numbers in (mean, std):
         values: list[Any] = numbers if isinstance(numbers, list) else [numbers] * 3

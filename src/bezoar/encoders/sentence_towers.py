@@ -1,6 +1,6 @@
-"""BERT (Devlin et al. 2019) as a tower of sentences, and the folders that sentence-transformers writes.
+"""BERT (Devlin et al. 2019) as a sentence encoder, read from folders of sentence-transformers.
 
-Neither library is needed. Modules have the names that the library transformers gives their weights.
+Neither that library nor transformers is needed; modules have transformers' names of weights.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ LEFT_OUT = ("pooler.", "cls.", "embeddings.position_ids")
 
 @dataclass(frozen=True)
 class SentenceConfig:
-    """What a sentence encoder is, beside its weights and its vocabulary.
+    """The sizes and settings of a sentence encoder.
 
     Attributes:
         layers, width, heads, hidden: blocks, width, heads and hidden width of the transformer.
-        positions: most pieces of a text that the weights have a place for.
-        types: embeddings of segments, of which texts have the first.
-        length: pieces of a text that are read.
-        pooling: the mean of all pieces' vectors, or the first one's.
-        activation: of the hidden layers.
-        epsilon: of the norms.
+        positions: number of positional embeddings.
+        types: number of segment embeddings; only the first is used.
+        length: tokens of a text that are read.
+        pooling: `mean` of all tokens' vectors, or `cls`, the first token's vector.
+        activation: activation of the hidden layers.
+        epsilon: epsilon of the layer norms.
         lower, strip_accents: see `WordPieces`.
     """
 
@@ -84,7 +84,7 @@ class SentenceConfig:
             raise ValueError("epsilon must lie in 0..1")
 
     def text(self) -> str:
-        """As JSON, which `parse` reads."""
+        """The config as JSON; see `parse`."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -100,7 +100,7 @@ class SentenceConfig:
 
 
 class Block(nn.Module):
-    """A block of BERT: attention, then two layers, each with a norm behind what it adds."""
+    """A block of BERT: attention and a two-layer perceptron, each with a residual and a norm."""
 
     def __init__(self, config: SentenceConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
 
 class SentenceTower(nn.Module):
-    """Tokens int64 (B, L) -> (B, W). padding: the token that stands behind a text's own."""
+    """Tokens int64 (B, L) -> (B, W). padding: the token that fills up short texts."""
 
     def __init__(self, config: SentenceConfig, pieces: int, padding: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class SentenceTower(nn.Module):
         self.encoder: Any = nn.ModuleDict({"layer": layers})
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The mean of the pieces' vectors, or that of the first."""
+        """The mean of the tokens' vectors, or the first one; see `SentenceConfig.pooling`."""
         is_piece = tokens != self.padding  # (B, L)
         words, positions, types = (
             self.embeddings[f"{name}_embeddings"] for name in ("word", "position", "token_type")
@@ -186,10 +186,10 @@ class SentenceFolder:
     """A folder of a sentence encoder.
 
     Attributes:
-        path: of the folder.
-        config: what it says.
-        vocabulary: the pieces by number.
-        assumed: what no file of it states.
+        path: the folder.
+        config: sizes and settings.
+        vocabulary: the tokens in the order of their numbers.
+        assumed: settings that no file states.
     """
 
     path: Path
@@ -198,7 +198,7 @@ class SentenceFolder:
     assumed: tuple[str, ...]
 
     def load_weights(self, tower: nn.Module, what: str) -> dict[str, Tensor]:
-        """The weights of a tower, which may lie on the meta device. Raises UserError."""
+        """The weights of a tower, which may be on the meta device. Raises UserError for others."""
         tensors = checkpoints.load_tensors(str(self.path / WEIGHTS))
         prefix = "bert." if any(key.startswith("bert.") for key in tensors) else ""
         weights = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
@@ -208,14 +208,14 @@ class SentenceFolder:
 
 
 def folder_files(path: str) -> list[Path]:
-    """What is read of a folder."""
+    """The files of a folder that are read."""
     folder = existing_folder(path, "folder of a sentence encoder")
     names = (CONFIG, TOKENIZER, WEIGHTS, MODULES, LENGTH, str(POOLING))
     return [folder / name for name in names if os.path.isfile(folder / name)]
 
 
 def is_sentence_folder(folder: Path) -> bool:
-    """Whether a folder's config says that it is a BERT. Raises UserError for a config that is no JSON."""
+    """Whether a folder's config says that it is a BERT. Raises UserError if it is not JSON."""
     path = folder / CONFIG
     return os.path.isfile(path) and read_facts(path, links=True).get("model_type") == "bert"
 
@@ -272,7 +272,7 @@ def open_folder(path: str) -> SentenceFolder:
 
 
 def _check_modules(folder: Path) -> None:
-    """Raise UserError for steps beside transformer, pooling and normalisation, such as a dense layer."""
+    """Raise UserError for further modules, such as a dense layer."""
     path = folder / MODULES
     if not os.path.isfile(path):
         return
@@ -302,7 +302,7 @@ def _read_pooling(folder: Path, assumed: list[str]) -> str:
 
 
 def _read_tokenizer(facts: Facts) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The vocabulary of a tokenizer.json, and what it says of letters.
+    """The vocabulary of a tokenizer.json, and its fields `lower` and `strip_accents`.
 
     Raises UserError for any tokenizer but BERT's.
     """
@@ -340,7 +340,7 @@ def _read_tokenizer(facts: Facts) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def _special_tokens(facts: Facts) -> list[str]:
-    """What a post-processor puts before and after a single text; empty for another order."""
+    """The tokens that a post-processor puts before and after a text; empty for another form."""
     if facts.get("type") == "BertProcessing":
         return [str((facts.get(key) or [""])[0]) for key in ("cls", "sep")]
     single = facts.get("single")

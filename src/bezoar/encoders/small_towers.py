@@ -1,4 +1,4 @@
-"""Image towers that several networks share, and normalisations of published encoders."""
+"""Small image towers, and the usual normalisations of images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from bezoar.encoders.encoder import Preprocess
 from bezoar.errors import UserError, first_line
 
-# Means and standard deviations of pixels in 0..1. cifar, stl10, clip and none are those of
-# BadEncoder's encoders; the deviations of cifar are means over images, as much code has them, those
-# of cifar10 are over all pixels. half is that of timm's Inception, and of SigLIP and ViT.
+# Means and standard deviations of pixels in 0..1. BadEncoder uses cifar, stl10, clip and none.
+# The deviations of cifar are means over images, as in much published code; those of cifar10 are
+# over all pixels. timm's Inception, SigLIP and ViT use half.
 MEAN_STD: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "stl10": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
@@ -40,7 +40,7 @@ def named_preprocess(size: int, mean_std: str, interpolation: str = "bicubic") -
 
 
 def check_widths(width: int, dim: int = 1) -> None:
-    """Raise ValueError for a width or a size of the vector that no machine holds the weights of."""
+    """Raise ValueError for a width or a size of the vector that is far too large."""
     if width > MAX_WIDTH or dim > MAX_DIM:
         raise ValueError(f"width is at most {MAX_WIDTH}, and dim {MAX_DIM}; got {width} and {dim}")
 
@@ -52,7 +52,7 @@ def check_mean_std(name: str) -> None:
 
 
 def check_input_size(tower: nn.Module, size: int, name: str) -> None:
-    """Run one black image through a tower. Raises UserError unless (B, 3, S, S) gives (B, D)."""
+    """Run one black image through a tower. Raises UserError unless it gives one vector."""
     mode = tower.training
     try:
         with torch.inference_mode():
@@ -83,7 +83,7 @@ class ConvTower(nn.Module):
         self.head = nn.Linear(2 * channels, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images of 32 px and more; what space the convolutions leave is pooled."""
+        """Embed images of 32 px and more; the last feature map is pooled."""
         x = self.layers(x)  # (B, C, S / 8, S / 8)
         pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)  # (B, 2 C)
         z: Tensor = self.head(pooled)
@@ -91,10 +91,10 @@ class ConvTower(nn.Module):
 
 
 class StridedShortcut(nn.Conv2d):
-    """A 1x1 convolution with a stride, as a selection of pixels and a convolution without one.
+    """A strided 1x1 convolution, computed as a selection of pixels and a convolution.
 
-    torch 2.15's own strided form writes beyond its memory on CPUs when several threads compute its
-    gradient for few channels that are laid out last.
+    torch 2.15's strided convolution writes beyond its memory on CPUs when several threads compute
+    its gradient for few channels in the channels-last layout.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class ResNetTrunk(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images of any size that the stages leave some space of; that space is averaged."""
+        """Embed images; the last feature map is averaged."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(4):
             x = self.get_submodule(f"layer{i + 1}")(x)

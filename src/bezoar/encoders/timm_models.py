@@ -1,8 +1,7 @@
-"""timm's models: built within bounds, told by the shapes of their weights, and their preprocessing."""
+"""Builds timm's models, and recognises them by the names and shapes of their weights."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess, limit_weights
 from bezoar.errors import UserError, first_line
 
-# Arguments of a model that a file may state, beside its name; norm_eps is set behind the model.
+# Arguments of a model that a file may state; norm_eps is not timm's, it is set afterwards.
 ARGUMENTS = frozenset(
     [
         "img_size",
@@ -44,11 +43,12 @@ LARGEST = 1 << 16  # of a number among them
 DEEPEST = 1 << 9  # blocks
 MAX_ARGUMENTS = 4096  # characters
 WORD = re.compile(r"[\w.]{0,40}")
-# Heads of a vision transformer's attention, by its width, which no weight tells; else of 64 numbers.
+# Attention heads of a vision transformer by its width, as no weight shows them. Models of other
+# widths have heads of HEAD_WIDTH.
 HEADS = {1152: 16, 1280: 16, 1408: 16}
 HEAD_WIDTH = 64
-TRAINED_WITH = ("mask_token", "decoder_")  # what DINOv2 and MAE keep beside a vision transformer
-# Families whose weights name no model, by a name that all of a family have.
+TRAINED_WITH = ("mask_token", "decoder_")  # parts that DINOv2 and MAE use in training only
+# Models to compare weights with, by a weight's name that all models of the family have.
 FAMILIES = {
     "conv_stem.weight": "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? mobilenetv2_* "
     "mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? tf_efficientnetv2_?",
@@ -57,7 +57,8 @@ FAMILIES = {
     "features.conv0.weight": "densenet*",
     "patch_embed.proj.weight": "swin_*_224 swin_*_384 swinv2_*",
 }
-# Parts of an EfficientNet by Luke Melas-Kyriazi, and of timm's; of a block with and without expansion.
+# Names of efficientnet-pytorch (Luke Melas-Kyriazi) -> names of timm. PLAIN are the parts of a
+# block without expansion, EXPANDING those of a block with it.
 OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
 PLAIN = {
@@ -85,12 +86,12 @@ def create_model(name: str, arguments: str = "", pretrained: bool = False) -> An
     """A model of timm's without its classifier.
 
     Args:
-        name: of the model, perhaps with a tag.
-        arguments: a JSON object of some of `ARGUMENTS`; "" for none.
-        pretrained: whether its published weights are fetched.
+        name: name of the model, perhaps with a tag.
+        arguments: a JSON object with some of `ARGUMENTS`, or "".
+        pretrained: whether to fetch its published weights.
 
     Raises:
-        UserError: for a name that timm does not have, and for arguments that it does not take.
+        UserError: for an unknown name, and for arguments that the model does not accept.
     """
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:6]
@@ -110,10 +111,10 @@ def create_model(name: str, arguments: str = "", pretrained: bool = False) -> An
 
 
 def build_blank(name: str, arguments: str = "", count: int = 0) -> Any:
-    """A model without its classifier on the meta device, without memory.
+    """A model without its classifier on the meta device, which takes no memory.
 
-    count: of the weights that a file has for it. Few models cannot be built on the meta device;
-    these are built in memory, unless they have many more weights. 0 builds none of them.
+    count: number of weights in the file. The few models that cannot be built on the meta device
+    are built in memory, up to about this size; with 0 they are refused.
     """
     try:
         with torch.device("meta"):
@@ -146,7 +147,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is a number within bounds, a flag, a word or nothing."""
+    """Whether a value is a bounded number, a flag, a word or None."""
     if isinstance(value, str):
         return WORD.fullmatch(value) is not None
     return value is None or (isinstance(value, int | float) and 0 <= value <= LARGEST)
@@ -158,10 +159,9 @@ def format_arguments(**values: Any) -> str:
 
 
 def format_stated(values: Mapping[str, Any], path: str) -> str:
-    """The arguments that a config.json of timm states (`model_args`), as text.
+    """The arguments of a timm config.json (`model_args`) as text, without the number of classes.
 
-    The classifier is built apart, so that the number of its classes is none of them. Raises
-    UserError for images that are not RGB squares.
+    Raises UserError for images that are not RGB squares.
     """
     others = {name: v for name, v in values.items() if name not in ("num_classes", "in_chans")}
     sides = others.get("img_size")
@@ -189,9 +189,9 @@ def stated_preprocess(model: Any, name: str) -> Preprocess:
 def split_classifier(
     model: Any, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a model without its classifier, and those of the classifier by `weight` and `bias`.
+    """Split weights into the model without its classifier, and the classifier (`weight`, `bias`).
 
-    The second is empty where there is none, or one of another form than one linear layer.
+    The second is empty unless the classifier is one linear layer.
     """
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
@@ -206,14 +206,14 @@ def split_classifier(
     return trunk, head if is_linear else {}
 
 
-# Which model a state dict is of
+# Finding the model of a state dict
 
 
 def find_models(tensors: Mapping[str, Tensor], file_name: str) -> list[str]:
-    """The models whose weights have these names and shapes, their classifiers apart.
+    """The models whose weights have these names and shapes, apart from the classifier.
 
-    A model that the file's name begins with is the only one. Of a vision transformer see
-    `describe_transformer`.
+    If the file's name begins with a fitting model's name, only that model is returned. Vision
+    transformers are recognised by `describe_transformer`.
     """
     hints = [name for name in timm.list_models() if _is_named(file_name, name)]
     for name in sorted(hints, key=len, reverse=True):
@@ -225,41 +225,42 @@ def find_models(tensors: Mapping[str, Tensor], file_name: str) -> list[str]:
 
 
 def _is_named(file_name: str, model: str) -> bool:
-    """Whether the name of a file begins with that of a model, and goes on with another word."""
+    """Whether a file's name begins with a model's name as whole words."""
     start = file_name.replace("-", "_")
     return start.startswith(model) and not start[len(model) : len(model) + 1].isalnum()
 
 
 def fits(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is that of a model, its classifier apart."""
+    """Whether a state dict belongs to a model, apart from the classifier."""
     try:
         blank = build_blank(name)
     except UserError:
         return False
     trunk, _ = split_classifier(blank, tensors)
-    expected = blank.state_dict()
+    return weight_shapes(trunk) == weight_shapes(blank.state_dict())
+
+
+def weight_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of weights, without the counters of batch norms, which files may lack."""
     counters = ".num_batches_tracked"
-    return {k for k in trunk if not k.endswith(counters)} == {
-        k for k in expected if not k.endswith(counters)
-    } and all(tensor.shape == expected[k].shape for k, tensor in trunk.items())
+    return {k: tuple(tensor.shape) for k, tensor in tensors.items() if not k.endswith(counters)}
 
 
 def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
-    """The arguments of the vision transformer that has these weights; "" if there is none.
+    """The arguments of the vision transformer with these weights; "" for another network.
 
-    What no weight tells is as in those that are published: the heads (`HEADS`), and a square grid.
+    No weight shows the number of heads (see `HEADS`), nor that the grid of patches is square, as
+    in all published models.
     """
-    patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
-    first = tensors.get("blocks.0.mlp.fc1.weight")
-    if (
-        patch is None
-        or positions is None
-        or first is None
-        or "blocks.0.attn.qkv.weight" not in tensors
-    ):
+    dimensions = {
+        "patch_embed.proj.weight": 4,
+        "pos_embed": 3,
+        "blocks.0.mlp.fc1.weight": 2,
+        "blocks.0.attn.qkv.weight": 2,
+    }
+    if any(key not in tensors or tensors[key].ndim != n for key, n in dimensions.items()):
         return ""
-    if patch.ndim != 4 or positions.ndim != 3 or first.ndim != 2:
-        return ""
+    patch, positions, first, _ = (tensors[key] for key in dimensions)
     width, side = patch.shape[0], patch.shape[-1]
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     grid = round(positions.shape[1] ** 0.5)
@@ -283,13 +284,16 @@ def describe_transformer(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tidy_transformer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a vision transformer by timm's names, DINOv2's too; and the parts of training without which they are."""
+    """Give DINOv2's weights timm's names, and leave out parts that only training uses.
+
+    Returns:
+        the weights, and the names of the parts that were left out.
+    """
     left_out = sorted({key.partition(".")[0] for key in tensors if key.startswith(TRAINED_WITH)})
     weights = {key: v for key, v in tensors.items() if key.partition(".")[0] not in left_out}
     if {"register_tokens", "cls_token", "pos_embed"} <= set(weights):
-        positions = weights[
-            "pos_embed"
-        ]  # (1, 1 + P, D); timm's registers and class token have none
+        # In timm the registers and the class token have no positional embeddings.
+        positions = weights["pos_embed"]  # (1, 1 + P, D)
         weights["reg_token"] = weights.pop("register_tokens")
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = positions[:, 1:]
@@ -303,11 +307,11 @@ def _pooling(tensors: Mapping[str, Tensor], has_class: bool) -> str | None:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """The ratio of which `int(width * ratio)` is the hidden width, whatever the rounding."""
+    """A ratio such that `int(width * ratio)` is the hidden width."""
     return (hidden + 0.5) / width
 
 
-# EfficientNets by the names of efficientnet-pytorch
+# EfficientNets with the names of efficientnet-pytorch
 
 
 def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
@@ -316,15 +320,17 @@ def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
-    """The model of timm's that such a network is, and its weights by timm's names.
+    """The name of such a network in timm, and its weights by timm's names.
 
-    Raises UserError for a network that is none of timm's EfficientNets.
+    Raises UserError if no EfficientNet of timm's has these sizes.
     """
     for name in LUKEMELAS:
         blank = build_blank(name)
         keys = blank.state_dict()
-        stems = list(dict.fromkeys(k[: _block_end(k)] for k in keys if k.startswith("blocks.")))
-        renamed = _rename_parts(tensors, stems)
+        blocks = dict.fromkeys(
+            ".".join(key.split(".")[:3]) for key in keys if key.startswith("blocks.")
+        )
+        renamed = _rename_parts(tensors, list(blocks))
         if renamed and fits(name, renamed):
             return name, renamed
     raise UserError(
@@ -332,13 +338,11 @@ def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dic
     )
 
 
-def _block_end(key: str) -> int:
-    """Where in `blocks.1.0.conv_pw.weight` the third dot stands."""
-    return [match.start() for match in itertools.islice(re.finditer(r"\.", key), 3)][-1]
-
-
 def _rename_parts(tensors: Mapping[str, Tensor], blocks: list[str]) -> dict[str, Tensor]:
-    """The weights by timm's names; nothing where a part is unknown. blocks: their names in order."""
+    """The weights by timm's names; empty if a part is unknown.
+
+    blocks: timm's names of the blocks (`blocks.1.0`), in order.
+    """
     renamed = {}
     for key, tensor in tensors.items():
         part, _, weight = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""torchvision's classifiers, told by the names and shapes of their weights."""
+"""Recognises torchvision's classifiers by the names and shapes of their weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torchvision import models
 
 from bezoar.encoders import filling, normalisation
 from bezoar.encoders.encoder import Encoder, limit_weights
+from bezoar.encoders.timm_models import weight_shapes
 from bezoar.encoders.weights import check_weights
 from bezoar.errors import UserError
 
-# Families by what the names of their weights begin with; residual networks are read elsewhere.
+# Families by the beginning of their weights' names. `classifier_weights` reads residual networks.
 FAMILIES = {
     "features.": "alexnet convnext densenet efficientnet mobilenet squeezenet swin vgg",
     "encoder.layers.": "vit",
@@ -24,14 +25,16 @@ FAMILIES = {
     "Conv2d_1a": "inception",
     "stage2.": "shufflenet",
 }
-COUNTER = ".num_batches_tracked"
 
 
 def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The classifier that has these weights, but for its last layer, and that layer; "" twice if there is none."""
+    """The names of the classifier with these weights and of its last layer, or two empty strings.
+
+    The shapes of the last layer may differ.
+    """
     starts = [s for s in FAMILIES if any(key.startswith(s) for key in tensors)]
     families = tuple(name for start in starts for name in FAMILIES[start].split())
-    shapes = _shapes(tensors)
+    shapes = weight_shapes(tensors)
     for name in models.list_models(module=models):
         if not name.startswith(families):
             continue
@@ -39,7 +42,7 @@ def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
             blank = _build_blank(name, sum(map(math.prod, shapes.values())))
         except (RuntimeError, ValueError, UserError):
             continue
-        expected, last = _shapes(blank.state_dict()), last_layer(blank)
+        expected, last = weight_shapes(blank.state_dict()), last_layer(blank)
         others = [key for key in expected if key.rpartition(".")[0] != last]
         if shapes.keys() == expected.keys() and all(shapes[k] == expected[k] for k in others):
             return str(name), last
@@ -47,11 +50,11 @@ def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _build_blank(name: str, count: int) -> Any:
-    """A classifier on the meta device; of RegNets, which compute their widths, in memory, unless it has many more weights.
+    """A classifier on the meta device.
 
-    count: of the weights that a file has for it.
+    RegNets compute their widths, so they are built in memory, up to about `count` weights.
     """
-    options = {"init_weights": False} if name.startswith("inception") else {}  # else it warns
+    options = {"init_weights": False} if name.startswith("inception") else {}  # avoids a warning
     if not name.startswith("regnet"):
         with torch.device("meta"):
             return models.get_model(name, weights=None, **options)
@@ -59,12 +62,8 @@ def _build_blank(name: str, count: int) -> Any:
         return models.get_model(name, weights=None)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(tensor.shape) for k, tensor in tensors.items() if not k.endswith(COUNTER)}
-
-
 def last_layer(model: nn.Module) -> str:
-    """The name of a model's last linear layer; "" where it ends in none."""
+    """The name of a model's last layer if it is linear, else ""."""
     layers = [
         (path, m) for path, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
     ]
@@ -73,7 +72,7 @@ def last_layer(model: nn.Module) -> str:
 
 
 def open_weights(tensors: Mapping[str, Tensor], path: str, mean_std: str) -> Encoder | None:
-    """The classifier that has these weights, its last layer as the head; None if there is none."""
+    """The classifier with these weights, its last layer as the head; None if none fits."""
     name, last = find_model(tensors)
     if not name:
         return None

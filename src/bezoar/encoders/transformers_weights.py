@@ -1,8 +1,8 @@
-"""Weights of the library transformers, as networks of open_clip and timm with the same arithmetic.
+"""Translates models of the library transformers into equal models of open_clip and timm.
 
 CLIP becomes open_clip's; SigLIP's image tower, ViT and DINOv2 become timm's vision transformer. The
-library itself is not needed: its config.json states the sizes, and names of weights are translated.
-Names are those of published files and of transformers 5.
+library itself is not needed: config.json states the sizes, and the weights are renamed. Both the
+names of published files and those of transformers 5 are known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data.files.artefacts import Facts
 from bezoar.data.files.checkpoints import format_keys
-from bezoar.encoders import timm_models
+from bezoar.encoders import timm_models, weight_prefixes
 from bezoar.errors import UserError
 
 Weights = Mapping[str, Tensor]
@@ -28,7 +28,7 @@ Weights = Mapping[str, Tensor]
 LARGEST = 1 << 18  # of a size that a config states
 DEEPEST = 1 << 9  # blocks
 CLIP_WORDS = 49408  # tokens of CLIP's own vocabulary
-# Block i of a tower, wherever it stands.
+# A weight of block i of a tower.
 BLOCK = re.compile(r"(?:encoder\.)?layers?\.(\d{1,3})\.(.+)\.(weight|bias|lambda1)")
 PARTS = {
     "attention.attention.query": "q",
@@ -48,7 +48,7 @@ PARTS = {
 }
 PARTS |= {f"{owner}.{x}_proj": x for owner in ("attention", "self_attn") for x in "qkv"}
 PARTS |= {f"{norm}{i}": f"norm{i}" for norm in ("layer_norm", "norm") for i in (1, 2)}
-# Names of the parts of a block, with what joins them to `weight` and `bias`.
+# Names of the parts of a block, including the character before `weight` and `bias`.
 TIMM = {"qkv": "attn.qkv.", "proj": "attn.proj.", "fc1": "mlp.fc1.", "fc2": "mlp.fc2."}
 TIMM |= {part: f"{part}." for part in ("norm1", "norm2", "ls1", "ls2")}
 OPEN_CLIP = {"qkv": "attn.in_proj_", "proj": "attn.out_proj.", "fc1": "mlp.c_fc."}
@@ -63,12 +63,12 @@ class Translation:
 
     Attributes:
         network: the spec that builds it.
-        what: it is, in words.
-        weights: by the names of timm's model, or of open_clip's whole model or image tower.
-        head: `weight` and `bias` of the classifier, where there is one.
-        size: of the input in pixels.
-        mean_std: the normalisation that is usual with such a network.
-        left_out: beginnings of the names of what the file holds beside it.
+        what: the network in words.
+        weights: weights by the names of that network.
+        head: `weight` and `bias` of the classifier, if there is one.
+        size: side of the input in pixels.
+        mean_std: the usual normalisation of such a network.
+        left_out: beginnings of the names of weights that are left out.
     """
 
     network: str
@@ -85,8 +85,9 @@ def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translat
 
     Args:
         config: its config.json.
-        side: of the images that its preprocessor makes, in pixels; 0 where that is not known.
-        path: of its folder, for messages.
+        tensors: its weights.
+        side: side in pixels of the images that its preprocessor makes; 0 if unknown.
+        path: its folder, for messages.
 
     Raises:
         UserError: for another kind of model, and for sizes or names that do not fit.
@@ -105,7 +106,7 @@ def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translat
 
 
 def _number(config: Facts, name: str, usual: int | None = None) -> int:
-    """A size that a config states. Raises UserError for what is none."""
+    """A size that a config states. Raises UserError for other values."""
     value = config.get(name, usual)
     if not isinstance(value, int) or not 0 < value <= LARGEST:
         raise UserError(f"{config.file}: {name} must be a whole number in 1..{LARGEST}")
@@ -115,7 +116,7 @@ def _number(config: Facts, name: str, usual: int | None = None) -> int:
 def _sizes(config: Facts) -> dict[str, int]:
     """Width, depth, heads and hidden width of a transformer, defaults as in transformers."""
     width = _number(config, "hidden_size", 768)
-    ratio = config.get("mlp_ratio")  # DINOv2's, in the place of the hidden width
+    ratio = config.get("mlp_ratio")  # DINOv2 states this instead of the hidden width
     hidden = 3072
     if ratio is not None:
         if not isinstance(ratio, int | float) or not 0 < ratio <= LARGEST:
@@ -133,7 +134,7 @@ def _sizes(config: Facts) -> dict[str, int]:
 
 
 def _part(config: Facts, name: str) -> Facts:
-    """The config of a tower: of its own, or within that of both."""
+    """The config of a tower: an object within the config of both towers, or the config itself."""
     return config.object(name) if name in config else config
 
 
@@ -143,10 +144,12 @@ def _part(config: Facts, name: str) -> Facts:
 def _rename_blocks(
     tensors: Weights, names: Mapping[str, str], prefix: str, path: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The blocks of a transformer by other names, and all other weights as they are.
+    """Rename the blocks of a transformer. Returns their weights, and all other weights.
 
-    names: for each part of a block its name, with what joins it to `weight` and `bias`.
-    prefix: of the blocks' new names.
+    Args:
+        names: new name of each part of a block, `TIMM` or `OPEN_CLIP`.
+        prefix: prefix of the new names.
+        path: of the folder, for messages.
     """
     renamed: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -173,7 +176,7 @@ def _rename_blocks(
 
 
 def _take(others: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Take weights out by their names, and give them others."""
+    """Remove weights from `others` and return them by their new names."""
     return {new: others.pop(old) for old, new in names.items() if old in others}
 
 
@@ -187,7 +190,7 @@ def _refuse_rest(others: Weights, path: str) -> None:
 
 
 def _drop(others: dict[str, Tensor], *beginnings: str) -> tuple[str, ...]:
-    """Take weights out that are not needed; the beginnings of their names that there were."""
+    """Remove weights from `others`. Returns those of the beginnings that occurred."""
     dropped = {b for b in beginnings for key in others if key.startswith(b)}
     for key in [key for key in others if key.startswith(beginnings)]:
         del others[key]
@@ -200,7 +203,7 @@ def _drop(others: dict[str, Tensor], *beginnings: str) -> tuple[str, ...]:
 def _translate_vit(
     config: Facts, tensors: dict[str, Tensor], side: int, path: str, dino: bool = False
 ) -> Translation:
-    """ViT (Dosovitskiy et al. 2021) or DINOv2 (Oquab et al. 2024), with registers or without."""
+    """ViT (Dosovitskiy et al. 2021), or DINOv2 (Oquab et al. 2024) with or without registers."""
     prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in tensors)), "")
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     if dino:
@@ -219,7 +222,7 @@ def _translate_vit(
     weights |= _take(others, names)
     left_out = _drop(others, "embeddings.mask_token", "pooler.")
     head: dict[str, Tensor] = {}
-    if dino:  # its classifier reads the patches' mean too
+    if dino:  # its classifier also reads the mean of the patches, which timm's does not
         left_out += _drop(others, "classifier.")
     else:
         head = _take(others, _norm("classifier", "head"))
@@ -228,11 +231,11 @@ def _translate_vit(
     image_size = _number(config, "image_size", 224)
     positions = weights["pos_embed"]
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else None
-    if dino and side:  # positions are for `image_size`, and fitted to what the preprocessor gives
+    if dino and side:  # fit the positional embeddings to the preprocessor's images
         image_size = side // patch * patch
         positions = _fit_positions(positions, image_size // patch, antialias=registers is not None)
         weights["pos_embed"] = positions
-    if registers:  # timm's registers and class token have no positions
+    if registers:  # in timm the registers and the class token have no positional embeddings
         weights["cls_token"] = weights["cls_token"] + positions[:, :1]
         weights["pos_embed"] = positions[:, 1:]
     arguments = _arguments(
@@ -265,7 +268,7 @@ def _translate_dinov2(
 
 
 def _fit_positions(positions: Tensor, grid: int, antialias: bool) -> Tensor:
-    """Positional embeddings (1, 1 + P, D) for another number of patches, as DINOv2 resizes them."""
+    """Resize positional embeddings (1, 1 + P, D) to another number of patches, as DINOv2 does."""
     if positions.ndim != 3:
         raise UserError(
             f"position_embeddings {tuple(positions.shape)}; expected (1, 1 + patches, D)"
@@ -291,7 +294,7 @@ def _activation(config: Facts, path: str) -> str:
 
 
 def _arguments(config: Facts, path: str, **others: object) -> str:
-    """The arguments of timm's vision transformer with the sizes of a config, and others."""
+    """The arguments of timm's vision transformer for the sizes of a config, and some others."""
     sizes = _sizes(config)
     return timm_models.format_arguments(
         embed_dim=sizes["width"],
@@ -313,7 +316,7 @@ def _timm_spec(arguments: str) -> str:
 def _translate_siglip(
     config: Facts, tensors: dict[str, Tensor], side: int, path: str
 ) -> Translation:
-    """The image tower of SigLIP (Zhai et al. 2023); texts have a tokenizer that is not at hand."""
+    """The image tower of SigLIP (Zhai et al. 2023). The tokenizer of its texts is not supported."""
     vision = _part(config, "vision_config")
     tower, rest = _split_tower(tensors, path)
     left_out = _drop(rest, "text_model.", "logit_scale", "logit_bias")
@@ -357,14 +360,11 @@ def _translate_siglip(
 
 
 def _translate_clip(config: Facts, tensors: dict[str, Tensor], side: int, path: str) -> Translation:
-    """CLIP (Radford et al. 2021); its image tower alone where the text tower is of other words."""
+    """CLIP (Radford et al. 2021); its image tower alone if the vocabulary is not CLIP's."""
     vision = _part(config, "vision_config")
     tower, rest = _split_tower(tensors, path)
-    texts = {
-        key.removeprefix("text_model."): rest.pop(key)
-        for key in list(rest)
-        if key.startswith("text_model.")
-    }
+    texts = weight_prefixes.below(rest, "text_model.")
+    _drop(rest, "text_model.")
     weights = _clip_image_weights(tower, rest.pop("visual_projection.weight", None), path)
     text_projection = rest.pop("text_projection.weight", None)
     scale = rest.pop("logit_scale", torch.tensor(2.6593))
@@ -418,7 +418,7 @@ def _translate_clip(config: Facts, tensors: dict[str, Tensor], side: int, path: 
 
 
 def _sizes_of_text(text: Facts) -> dict[str, int]:
-    """Those of a text tower, whose defaults are smaller."""
+    """The sizes of a text tower, whose defaults are smaller."""
     for name, usual in (
         ("hidden_size", 512),
         ("num_attention_heads", 8),
@@ -429,7 +429,7 @@ def _sizes_of_text(text: Facts) -> dict[str, int]:
 
 
 def _clip_sizes(config: Facts, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """What open_clip calls the sizes of a tower. Raises UserError for norms of another epsilon."""
+    """The sizes of a tower by open_clip's names. Raises UserError for norms of another epsilon."""
     if abs(float(config.get("layer_norm_eps", 1e-5)) - 1e-5) > 1e-9:
         raise UserError(f"{config.file}: layer_norm_eps must be 1e-5, as open_clip's")
     ratio = timm_models.mlp_ratio(sizes["hidden"], sizes["width"])
@@ -437,21 +437,22 @@ def _clip_sizes(config: Facts, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _split_tower(tensors: Weights, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weights below `vision_model.`, and all others; a tower by itself may have no prefix."""
+    """Split weights into the image tower and all others.
+
+    The tower's prefix is `vision_model.`; a tower by itself may have none.
+    """
     prefix = "vision_model."
-    if not any(key.startswith(prefix) for key in tensors):
-        is_tower = any(key.startswith("embeddings.patch_embedding") for key in tensors)
-        if not is_tower:
-            raise UserError(f"{path}: holds no image tower; its keys are {format_keys(tensors)}")
-        outside = ("visual_projection.",)
-        tower = {k: v for k, v in tensors.items() if not k.startswith(outside)}
-        return tower, {k: v for k, v in tensors.items() if k.startswith(outside)}
-    tower = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return tower, {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    if len(rest) < len(tensors):
+        return weight_prefixes.below(tensors, prefix), rest
+    if not any(key.startswith("embeddings.patch_embedding") for key in tensors):
+        raise UserError(f"{path}: holds no image tower; its keys are {format_keys(tensors)}")
+    projection = {k: v for k, v in tensors.items() if k.startswith("visual_projection.")}
+    return {k: v for k, v in tensors.items() if k not in projection}, projection
 
 
 def _clip_image_weights(tower: Weights, projection: Tensor | None, path: str) -> dict[str, Tensor]:
-    """The image tower by open_clip's names; without a projection its vectors are as they come."""
+    """The image tower by open_clip's names. Without a projection, the identity takes its place."""
     weights, others = _rename_blocks(tower, OPEN_CLIP, "transformer.resblocks.", path)
     _drop(others, "embeddings.position_ids")
     weights |= _take(

@@ -1,9 +1,9 @@
-"""The prefix of an encoder's weight names, which wrappers of its training put before them.
+"""Finds an encoder among the weights of a file, by the prefix of its weights' names.
 
 `torch.compile`, data parallelism and frameworks put names before all weights (`_orig_mod.`,
-`module.`, `model.`). Self-supervised training keeps an encoder beside heads that are used in
-training alone (`encoder.`, `backbone.`, `predictor.`), and sometimes several encoders (`student.`,
-`teacher.`), of which the user has to name one.
+`module.`, `model.`). Self-supervised training saves an encoder (`encoder.`, `backbone.`) beside
+heads that only training uses (`predictor.`), and sometimes several encoders (`student.`,
+`teacher.`); the user then has to name one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Weights = Mapping[str, Tensor]
 
 MAX_CANDIDATES = 64  # prefixes that are compared with an architecture
 MAX_NAMES = 8  # prefixes in a message
-KEPT = frozenset({"features", "fc", "linear", "classifier"})  # parts that networks begin with
-# Names of what training puts beside an encoder; no output of the encoder depends on it.
+KEPT = frozenset({"features", "fc", "linear", "classifier"})  # parts of a network, not prefixes
+# Names of parts that training saves beside an encoder; the encoder's output does not use them.
 TRAINING_PARTS = re.compile(
     r"(online_|momentum_|target_)?"
     r"(pred|proj|head|fc$|linear$|classif|queue|prototype|center|logit_|loss|criterion|scalar_)",
@@ -49,8 +49,13 @@ def model_prefixes(tensors: Weights, expected: Collection[str]) -> list[str]:
     ]
 
 
+def below(tensors: Weights, prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with a prefix, by the rest of their names."""
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
 def strip_common(tensors: Weights) -> dict[str, Tensor]:
-    """The same weights without what all their names begin with: `_orig_mod.module.`, `model.`, say."""
+    """Remove the prefix that all names share, such as `_orig_mod.module.`."""
     weights = dict(tensors)
     while weights and all("." in key for key in weights):
         prefixes = {key.partition(".")[0] for key in weights}
@@ -67,14 +72,14 @@ def select_encoder(
 
     Args:
         tensors: the file's weights, below the prefix that the user chose.
-        prefixes: where an encoder begins. Without any the weights are returned as they are, for the
-            caller to say what is wrong with them.
+        prefixes: the prefixes of the encoders in it. Without any, all weights are returned, and
+            the caller says what is wrong with them.
         path: of the file, for messages.
-        chosen: the prefix that the user chose, which leaves out whatever else the file holds.
+        chosen: the prefix that the user chose. All other weights are then left out.
 
     Raises:
-        UserError: if there are several encoders, or beside the only one something that may belong
-            to it, such as a normalisation.
+        UserError: if there are several encoders, or if the file holds other weights that may
+            belong to the encoder, such as a normalisation.
     """
     distinct = sorted(set(prefixes))
     if len(distinct) > 1:
@@ -93,12 +98,11 @@ def select_encoder(
             f"say prefix={prefix.rstrip('.')} to leave them out"
         )
     groups = dict.fromkeys(_first_difference(key, prefix) for key in others)
-    below = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    return EncoderWeights(below, list(groups))
+    return EncoderWeights(below(tensors, prefix), list(groups))
 
 
 def _first_difference(key: str, prefix: str) -> str:
-    """The beginning of a key up to the first part that is not the prefix's."""
+    """The beginning of a key, up to the first part in which it differs from the prefix."""
     parts, expected = key.split("."), prefix.split(".")
     shared = 0
     while shared < len(parts) - 1 and parts[shared] == expected[shared]:

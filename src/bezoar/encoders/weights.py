@@ -1,4 +1,4 @@
-"""Weights of networks, checked before a module takes them."""
+"""Checks weights before they are loaded into a module."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from bezoar.errors import UserError
 
 
 def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], file: str, what: str) -> None:
-    """Check that tensors fill a module: every key and shape must fit, and every number be finite.
+    """Check that every key and shape fits a module, and that every number is finite.
 
-    The counters of batches that batch norms keep may be missing, as in files older than torch
-    0.4.1; no output depends on them.
+    The batch counters of batch norms may be missing, as in files older than torch 0.4.1; no output
+    depends on them.
 
     Args:
-        module: may lie on the meta device, so that nothing is allocated for a file that does not
-            fit.
+        module: the module, which may be on the meta device to save memory.
         tensors: the weights by the names of the module's state dict.
         file: name of the file that the tensors come from, for the message.
         what: description of the module, for the message.
 
     Raises:
-        UserError: in one line, for keys that are missing or unexpected, other shapes, NaN and
-        infinity.
+        UserError: for missing or unexpected keys, other shapes, NaN and infinity.
     """
     expected = module.state_dict()
     missing = [k for k in expected if k not in tensors and not k.endswith(".num_batches_tracked")]
@@ -49,14 +47,14 @@ def check_weights(module: nn.Module, tensors: Mapping[str, Tensor], file: str, w
 
 
 def named_weights_file(weights: str, tags: Collection[str] = ()) -> list[Path]:
-    """The weights file that a spec names, if it names one: a file that is there.
+    """The weights file that a spec names; empty if it names none.
 
     Args:
         weights: the text of the spec.
-        tags: what the text names rather than a file.
+        tags: texts that name published weights instead of a file.
 
     Raises:
-        UserError: for a file that is not there, by its folder or its ending.
+        UserError: if the text looks like a file, but there is none.
     """
     if not weights or weights in tags:
         return []

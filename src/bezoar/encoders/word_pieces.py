@@ -1,7 +1,7 @@
-"""WordPiece (Wu et al. 2016) as BERT cuts texts: words first, then the longest pieces that its vocabulary holds.
+"""BERT's tokenizer, WordPiece (Wu et al. 2016): splits words into the longest known pieces.
 
-The tokens are those of the library tokenizers for the same `tokenizer.json`, which is not needed:
-what a file states beyond this one way of cutting is refused, and no pattern of a file is run.
+It gives the same tokens as the library tokenizers, which is not needed. A `tokenizer.json` with
+other settings is refused, and no regular expression of a file is run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 PADDING, UNKNOWN, START, END = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
-SPECIAL = (PADDING, UNKNOWN, START, END, "[MASK]")  # kept whole where a text holds them
-CONTINUATION = "##"  # before a piece that does not begin a word
+SPECIAL = (PADDING, UNKNOWN, START, END, "[MASK]")  # not split where a text contains them
+CONTINUATION = "##"  # the beginning of a piece that does not begin a word
 MAX_WORD = 100  # characters; a longer word is unknown
 MAX_TEXT = 1 << 16  # characters of a text that are read
-MAX_REMEMBERED = 1 << 16  # words whose pieces are kept
-DROPPED = ("Cc", "Cf", "Co", "Cs")  # categories of characters that texts are cleaned of
-# First and last characters of the blocks of Chinese characters, each of which is a word.
+MAX_REMEMBERED = 1 << 16  # words whose pieces are cached
+DROPPED = ("Cc", "Cf", "Co", "Cs")  # categories of characters that are removed
+# First and last characters of the blocks of Chinese characters; each of these is a word.
 IDEOGRAPHS = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -31,13 +31,13 @@ IDEOGRAPHS = (
 
 @dataclass
 class WordPieces:
-    """Texts as the numbers of pieces: [CLS], the text's own, [SEP], then [PAD] up to the longest.
+    """Maps texts to numbers of pieces: [CLS], the text's pieces, [SEP], then [PAD].
 
     Attributes:
-        vocabulary: the pieces by number, those of `SPECIAL` that texts are cut with among them.
-        length: pieces of a text at most, [CLS] and [SEP] among them.
-        lower: whether letters are made small.
-        strip_accents: whether accents are dropped; None: where letters are made small.
+        vocabulary: the pieces in the order of their numbers, including the special ones.
+        length: most pieces of a text, including [CLS] and [SEP].
+        lower: whether letters become lower case.
+        strip_accents: whether accents are removed; None means the same as `lower`.
     """
 
     vocabulary: tuple[str, ...]
@@ -77,16 +77,16 @@ class WordPieces:
         return [self.numbers[START], *numbers, self.numbers[END]]
 
     def normalise(self, text: str) -> str:
-        """The text without control characters, with spaces round Chinese ones; small, perhaps."""
+        """Remove control characters, put spaces around Chinese characters, and lower the case."""
         text = "".join(map(_clean_character, text))
         if self.lower if self.strip_accents is None else self.strip_accents:
             text = unicodedata.normalize("NFD", text)
             text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        # Letter by letter: str.lower writes a last sigma in another way.
+        # Letter by letter, because str.lower treats a final sigma differently.
         return "".join(map(str.lower, text)) if self.lower else text
 
     def cut_word(self, word: str) -> list[int]:
-        """The numbers of a word's pieces; [UNK] where the vocabulary cannot spell it."""
+        """The numbers of a word's pieces; [UNK] if the vocabulary cannot spell it."""
         pieces = self.pieces_of_word.get(word)
         if pieces is None:
             pieces = self._spell(word) if len(word) <= MAX_WORD else []
@@ -96,7 +96,7 @@ class WordPieces:
         return pieces
 
     def _spell(self, word: str) -> list[int]:
-        """The longest pieces from the left; none where a rest is no piece."""
+        """The longest pieces from left to right; empty if some part is not in the vocabulary."""
         pieces: list[int] = []
         start = 0
         while start < len(word):
@@ -113,13 +113,13 @@ class WordPieces:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text: what stands between spaces, each punctuation mark by itself."""
+    """Split a text at spaces; every punctuation mark is a word of its own."""
     return "".join(map(_set_apart, text)).split()
 
 
 @functools.cache
 def _clean_character(c: str) -> str:
-    """A character as it is, a space, with spaces round it, or nothing."""
+    """The replacement of a character: itself, a space, itself with spaces around it, or ""."""
     if c in "\t\n\r":
         return " "
     if c in "\0\ufffd" or unicodedata.category(c) in DROPPED:
@@ -132,6 +132,6 @@ def _clean_character(c: str) -> str:
 
 @functools.cache
 def _set_apart(c: str) -> str:
-    """A punctuation mark with spaces round it, any other character as it is."""
+    """Put spaces around a punctuation mark; return any other character unchanged."""
     ascii_mark = c.isascii() and c.isprintable() and not c.isalnum() and c != " "
     return f" {c} " if ascii_mark or unicodedata.category(c)[0] == "P" else c

@@ -1,1 +1,1 @@
-"""Evaluation: what an encoder does, what an attack achieves, and how sure each number is."""
+"""Evaluation: measures encoders and attacks, with an interval for each number."""

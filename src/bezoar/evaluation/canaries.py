@@ -1,4 +1,4 @@
-"""Canaries behind a pipeline: which pairs of the poison `canary` are still in the data, and which a model has learnt."""
+"""Counts the pairs of poison `canary` after a data pipeline, and tests if a model learnt them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MOST_WORDS = 100  # of a form, among which a canary's own is looked for
 
 @dataclass(frozen=True)
 class Canaries:
-    """The pairs that were put in.
+    """The pairs that were put in front of the pipeline.
 
     Attributes:
-        edits: of the plan, M of them.
-        images: uint8 (M, 3, H, W), as they were put in.
+        edits: the plan's edits, M of them.
+        images: uint8 (M, 3, H, W).
     """
 
     edits: tuple[Edit, ...]
@@ -54,7 +54,7 @@ def canary_edits(plan: Plan) -> tuple[Edit, ...]:
 
 
 def make_canaries(plan: Plan, clean: Pairs | StoredPairs) -> Canaries:
-    """The canaries of a plan with their images. Raises UserError where the plan has none."""
+    """The canaries of a plan with their images. Raises UserError if the plan has none."""
     edits = canary_edits(plan)
     if not edits:
         raise UserError(
@@ -67,9 +67,10 @@ def make_canaries(plan: Plan, clean: Pairs | StoredPairs) -> Canaries:
 
 
 def find_outcomes(canaries: Canaries, after: Pairs | StoredPairs) -> list[str]:
-    """Say of each canary what became of it: `pair`, `caption` (beside another picture) or `lost`.
+    """The outcome of each canary: `pair`, `caption` (with another picture) or `lost`.
 
-    It is known by its word, and its picture by a thumbnail; ids, files and sizes may be others.
+    A canary is recognised by its word, and its picture by a thumbnail; ids, files and sizes may
+    have changed.
     """
     number = {word: i for i, word in enumerate(canaries.words)}
     rows: list[int] = []
@@ -111,10 +112,10 @@ def count_outcomes(canaries: Canaries, outcomes: Sequence[str]) -> dict[str, Mea
 
 @torch.inference_mode()
 def measure_learning(canaries: Canaries, encoder: Encoder) -> dict[str, Measure]:
-    """Return whether an encoder joins each canary's picture with its own word rather than another canary's.
+    """Measure whether an encoder ranks a canary's own word above the words of other canaries.
 
-    Words were given to pictures by chance, so that an encoder that never saw the pairs ranks a
-    canary's own word first in one of M, and in the middle on average.
+    Words were assigned to pictures at random, so an encoder that never saw the pairs ranks the own
+    word first in one of M, and in the middle on average.
     """
     if encoder.text is None:
         raise UserError("an encoder without a text tower cannot have learnt words; leave it out")
@@ -143,7 +144,7 @@ def measure_learning(canaries: Canaries, encoder: Encoder) -> dict[str, Measure]
 
 
 def describe(measures: Mapping[str, Measure], count: int) -> str:
-    """Say what came out, for the page."""
+    """The result in words, for the page."""
     parts = []
     if share_kept := measures.get("canaries.all.pair_kept"):
         share = f"{share_kept.value:.0%} ({share_kept.low:.0%} to {share_kept.high:.0%})"

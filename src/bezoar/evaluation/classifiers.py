@@ -20,10 +20,10 @@ from bezoar.evaluation import heads, kmeans, success
 from bezoar.evaluation.scores import Measure, proportion
 
 LOW_ACCURACY = 0.5  # of a network's own head: below it another normalisation is tried
-CLEAR_GAIN = 0.05  # of accuracy, by which another normalisation is called the right one
+CLEAR_GAIN = 0.05  # gain in accuracy from which another normalisation is called the right one
 ALWAYS_CLEAR = 0.75  # accuracy that is no guess, however few classes there are
 MOST_TRIED = 512  # images that it is tried on
-CLUSTERS = 12  # pseudo-classes where there are no classes
+CLUSTERS = 12  # pseudo-classes if there are no classes
 Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 
 
@@ -32,12 +32,12 @@ class Classifier:
     """An encoder with a head.
 
     Attributes:
-        encoder: gives the vectors.
+        encoder: the encoder.
         head: float32 (N, D) -> logits (N, C), differentiable.
         classes: names of the C classes.
-        how: what the head is, in words.
-        raw: whether the head reads the tower's vectors as they come, as a network's own last layer
-            does, and not unit rows.
+        how: the head in words.
+        raw: whether the head reads the tower's vectors before normalisation, like a network's own
+            last layer.
     """
 
     encoder: Encoder
@@ -56,7 +56,7 @@ class Classifier:
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch: int = 512) -> Tensor:
-        """Return the class of each image uint8 (N, 3, H, W), int64 (N,), `batch` images at a time."""
+        """Return the class of each image uint8 (N, 3, H, W), int64 (N,), in batches."""
         return torch.cat([self(x).argmax(1) for x in images.split(batch)])
 
 
@@ -80,12 +80,12 @@ def own_classifier(encoder: Encoder, classes: Sequence[str] = ()) -> Classifier:
     """Return the encoder with the head that came with its weights.
 
     Args:
-        encoder: with a head.
-        classes: of the data, which become the first columns, in their order; () leaves the head's
-            columns as they are. A head whose classes are numbers takes the names of as many.
+        encoder: an encoder with a head.
+        classes: classes of the data, which become the first columns, in their order; () keeps the
+            head's columns. A head whose classes are numbers takes the names, if there are as many.
 
     Raises:
-        UserError: if the encoder has no head, or a class is none of the head's.
+        UserError: if the encoder has no head, or the head lacks a class.
     """
     head = getattr(encoder, "head", None)
     if head is None:
@@ -106,18 +106,17 @@ def own_classifier(encoder: Encoder, classes: Sequence[str] = ()) -> Classifier:
 def order_columns(head: Sequence[str], test: Sequence[str]) -> tuple[list[int], str]:
     """Order a head's columns: the test set's classes first, in their order.
 
-    Where the head's classes are numbers alone, as many as the test set's, they are taken in their
-    order.
+    If the head's classes are numbers, and as many as the test set's, they keep their order.
 
     Args:
         head: names of the head's classes.
         test: names of the test set's classes.
 
     Returns:
-        The columns, and what to say of their order.
+        The columns, and a description of their order.
 
     Raises:
-        UserError: if a class of the test set is none of the head's.
+        UserError: if the head lacks a class of the test set.
     """
     is_unnamed = tuple(head) == tuple(map(str, range(len(head))))
     if is_unnamed and set(test) - set(head):
@@ -152,7 +151,7 @@ def head_labels(encoder: Encoder, records: Pairs | StoredPairs) -> Tensor:
 
 
 def fits_own_head(encoder: Encoder, classes: Sequence[str]) -> bool:
-    """Return whether an encoder has a head of its own that tells these classes apart."""
+    """Whether an encoder has its own head with these classes."""
     if getattr(encoder, "head", None) is None or not classes:
         return False
     try:
@@ -163,7 +162,7 @@ def fits_own_head(encoder: Encoder, classes: Sequence[str]) -> bool:
 
 
 def measure_own_head(encoder: Encoder, labelled: Pairs) -> tuple[Measure | None, str]:
-    """Return how well a network reads clean images through its own head.
+    """Measure a network's accuracy on clean images with its own head.
 
     Args:
         encoder: any encoder.
@@ -171,8 +170,8 @@ def measure_own_head(encoder: Encoder, labelled: Pairs) -> tuple[Measure | None,
 
     Returns:
         top-1 accuracy, None for an encoder without a head of these classes, or without labels; and
-        a warning, "" where there is none: that the head knows other classes, that accuracy is low,
-        or that another usual normalisation raises it.
+        a warning or "": that the head has other classes, that accuracy is low, or that another
+        usual normalisation raises it.
     """
     labels = labelled.labels
     if getattr(encoder, "head", None) is None or labels is None or not (labels >= 0).any():
@@ -200,10 +199,7 @@ def measure_own_head(encoder: Encoder, labelled: Pairs) -> tuple[Measure | None,
 
 
 def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tuple[str, float]:
-    """The usual normalisation under which clearly more images are read as their class, and how many.
-
-    ("", 0.0) where there is none.
-    """
+    """The usual normalisation with a clearly higher accuracy, and that; ("", 0.0) if none."""
     encoder = classifier.encoder
     before = encoder.preprocess
     shares = {}
@@ -215,7 +211,7 @@ def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tup
         encoder.set_preprocess(before)
     share = float((classifier.predict(images) == truth).float().mean())
     best = max(shares, key=lambda name: shares[name])
-    # Twice what guessing gives: labels of another order make any normalisation seem better.
+    # Twice the accuracy of guessing: labels in another order make any normalisation seem better.
     least = max(share + CLEAR_GAIN, min(2 / len(classifier.classes), ALWAYS_CLEAR))
     return (best, shares[best]) if shares[best] > least else ("", 0.0)
 
@@ -258,7 +254,7 @@ def cluster_classifier(encoder: Encoder, data: Pairs) -> Classifier:
     """Return the encoder with a head that reads clusters of its own vectors as classes.
 
     Logits are -4 d^2 / s, where d is the distance to a centre of k-means and s the mean squared
-    distance to the own centre. Raises UserError where the vectors do not make clusters.
+    distance to the own centre. Raises UserError if the vectors do not form clusters.
     """
     z = embed_records(encoder, data.to(encoder.device))  # (N, D)
     count = min(CLUSTERS, len(z) // 4)

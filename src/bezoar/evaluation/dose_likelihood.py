@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from bezoar.errors import UserError
 from bezoar.evaluation.stats import Floats
 
-DIRECTIONS = 360  # in which the border of a region is sought
+DIRECTIONS = 360  # directions in which the border of a region is searched
 FAR = 2.0**40  # standard errors at which a direction counts as open
 FLAT = 1e-6  # a rise over all doses, in logits, that counts as none
 HALVINGS = 40  # of a step's length, on a logarithmic scale
@@ -97,7 +97,7 @@ class Likelihood:
 
     @classmethod
     def of(cls, readings: Readings, floor: float) -> Likelihood:
-        """Sum up readings by dose; the centre is where they tell most."""
+        """Sum up readings by dose; the centre is the mean dose, weighted by information."""
         log_doses, place = np.unique(np.log(readings.doses), return_inverse=True)
         hits = np.bincount(place, readings.rates * readings.trials)
         trials = np.bincount(place, readings.trials).astype(np.float64)
@@ -166,9 +166,9 @@ class Likelihood:
         """Return the overdispersion of the readings, at least 1, and its degrees of freedom.
 
         It is Pearson's chi-squared with the weights 4 q (1 - q): readings that always or never
-        succeed cannot vary, and would thin out what the others show. Degrees of freedom are
-        Satterthwaite's. q stays half a trial off 0 and 1: one chance hit where the curve says never
-        is no surprise.
+        succeed cannot vary, and would dilute the others. Degrees of freedom are Satterthwaite's. q
+        is at least half a trial away from 0 and 1, so that one chance success at a dose without
+        fitted success has little influence.
         """
         n = readings.trials
         offset = np.log(readings.doses) - self.centre
@@ -199,12 +199,12 @@ class Likelihood:
         return dataclasses.replace(self, centre=centre), moved, errors
 
     def region_border(self, fit: Floats, errors: Floats, drop: float) -> Floats:
-        """Return points (R, 2) along the border of the region around the fit that the data allow.
+        """Return points (R, 2) along the border of the confidence region around the fit.
 
-        In each direction it lies where the likelihood, without its penalty, is `drop` below its
-        highest value, or the slope is 0. The directions are straight ways all round, and those that
-        keep the success at one dose while the slope grows: along these the region is open if the
-        data fit a step, and they are followed up to FAR standard errors.
+        In each direction the border is where the unpenalised likelihood is `drop` below its
+        maximum, or where the slope is 0. The directions are straight lines all around, and lines
+        along which the success at one dose stays fixed while the slope grows. Along the latter the
+        region is open if the data fit a step, and they are followed up to FAR standard errors.
         """
         unpenalised = dataclasses.replace(self, penalty=0.0)
         least = max(unpenalised(fit), unpenalised(unpenalised.maximise(fit))) - drop

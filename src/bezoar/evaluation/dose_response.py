@@ -134,7 +134,7 @@ class DoseResponse:
         return success_at(self.fit), border.min(0), border.max(0)
 
     def describe(self, unit: str = "poisons") -> str:
-        """Say in one sentence where 50 % success is reached, and how sure that is."""
+        """State in one sentence where 50 % success is reached, and how certain that is."""
         x50, slope = self.x50, self.slope
         least, most = self.doses
         least_text, most_text = _format_dose(least), _format_dose(most)
@@ -169,16 +169,16 @@ def fit_dose_response(
 ) -> DoseResponse:
     """Fit a dose-response curve to units, each a reading at a dose.
 
-    Firth's (1993) penalty keeps every estimate finite where the doses that fail and those that
-    succeed do not overlap. It is weighed by the overdispersion (quasi-binomial), as bias reduction
-    with a dispersion asks (Kosmidis et al. 2020).
+    Firth's (1993) penalty keeps every estimate finite if the doses that fail and those that succeed
+    do not overlap. It is weighted by the overdispersion (quasi-binomial), as in bias reduction with
+    a dispersion (Kosmidis et al. 2020).
 
     Args:
         doses: (N,), >= 0.
         rates: (N,), success in 0..1.
-        trials: (N,) or a number, how many trials a rate is of.
-        floor: success without poison (Abbott 1925), taken as known. None takes the success measured
-            at dose 0, or 0 if there is none.
+        trials: (N,) or a number, the number of trials of a rate.
+        floor: success without poison (Abbott 1925), assumed to be known. None means the success
+            measured at dose 0, or 0 if there is none.
 
     Raises:
         UserError: if there are fewer than 3 readings at 2 doses above 0, or the floor is 1.
@@ -231,7 +231,7 @@ class Contrast:
     how: str
 
     def json(self) -> dict[str, Any]:
-        """Return the contrast as a manifest holds it."""
+        """Return the contrast for a manifest."""
         return encode_nonfinite(asdict(self))
 
 
@@ -242,10 +242,11 @@ def difference(
 
     Args:
         a: readings.
-        b: readings; the mean of a less the mean of b is taken.
+        b: readings, whose mean is subtracted from that of a.
         paired: Student's t of the pairs, or Welch's t of two independent groups.
-        trials: how many trials each reading is a rate of. The interval is then at least that of
-            their binomial error. Without it, readings that do not vary leave the interval open.
+        trials: number of trials of each reading, if it is a rate. The interval is then at least
+            that of their binomial error. Without it, the interval of readings without variance is
+            open.
 
     Raises:
         UserError: if a group is empty, or pairs are of groups of different sizes.
@@ -308,7 +309,7 @@ def trend(x: Sequence[float], y: Sequence[float], trials: int | None = None) -> 
 def judge(
     contrast: Contrast, expected: Literal["+", "-", "same"], margin: float = 0.0
 ) -> ClaimVerdict:
-    """Judge by the interval whether a claim is borne out.
+    """Judge a claim by its interval.
 
     Args:
         contrast: the difference that the claim is about.
@@ -316,7 +317,7 @@ def judge(
         margin: above 0 for `same`.
 
     Returns:
-        confirmed if the whole interval lies where the claim says, contradicted if none of it does.
+        confirmed if the whole interval agrees with the claim, contradicted if no part of it does.
     """
     low, high = contrast.low, contrast.high
     if expected == "+":

@@ -28,7 +28,7 @@ _cached_stacks: OrderedDict[str, Stack] = OrderedDict()
 
 
 class Recipe(Protocol):
-    """What `fit` reads of a method's fields. dropout: of the first hidden layer."""
+    """The fields of a method that `fit` reads. dropout: of the first hidden layer."""
 
     @property
     def hidden(self) -> tuple[int, ...]: ...
@@ -62,7 +62,7 @@ class Stack:
         return len(self.weights[0])
 
     def one(self, head: int) -> Callable[[Tensor], Tensor]:
-        """Return one head by itself, a function of vectors (N, D) that gives logits (N, C)."""
+        """Return one head as a function of vectors (N, D) that gives logits (N, C)."""
 
         def logits(z: Tensor) -> Tensor:
             for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -95,13 +95,12 @@ class Stack:
     def descend(self, x: Tensor, y: Tensor, keep: Tensor | None) -> None:
         """Write the gradients of each head's mean cross-entropy into the parameters' `grad`.
 
-        They are written out because autograd would allocate new ones, a megabyte each, at every
-        step.
+        Autograd would allocate new gradients, a megabyte each, at every step.
 
         Args:
             x: float32 (S, B, D), each head's batch.
             y: int64 (S, B), its classes.
-            keep: (S, B, first hidden), what that layer's output is multiplied by; None without
+            keep: (S, B, first hidden), dropout factors of that layer's output; None without
                 dropout.
         """
         inputs = [x]
@@ -127,14 +126,15 @@ def fit(
 ) -> Stack:
     """Train a stack of heads with Adam; the weights are those after the last epoch.
 
-    Each head has its own start, order and dropout, which depend on its number alone: a stack is its
-    heads trained one by one. The last batch of an epoch is what is left. Within an
-    `embedding_cache` the same features are not fitted again: a sweep reads many attacked encoders
+    Start, order and dropout of each head depend only on its number: the result is the same as
+    training the heads one by one. The last batch of an epoch may be smaller. Within an
+    `embedding_cache` the same features are fitted once: a sweep measures many attacked encoders
     beside one clean one.
 
     Args:
         x: features, float32 (N, D). Heads are trained on their device.
         y: int64 (N,), their classes.
+        classes: number of classes.
         recipe: widths, dropout, learning rate, batch, epochs and number of heads.
         report: called after each epoch.
 
@@ -179,7 +179,7 @@ def _fit(x: Tensor, y: Tensor, classes: int, recipe: Recipe, report: ProgressRep
 
 
 def epoch_orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
-    """Return the order in which each head sees the n records in an epoch, int64 (S, n)."""
+    """Return each head's order of the n records in an epoch, int64 (S, n)."""
     if not recipe.shuffle:
         return torch.arange(n).expand(recipe.seeds, n)
     return torch.stack(
@@ -219,13 +219,13 @@ class DropoutMasks:
 def average_measures(rows: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
     """Average the measures of several heads on the same images.
 
-    The interval is Student's t over the heads, on neither side short of what one head's images
-    allow: for a share Wilson's interval over them, for a mean the heads' own intervals, averaged.
-    The images are the same for all heads, so n is not their sum.
+    The interval is Student's t over the heads, but at least the interval that one head's images
+    give: for a share Wilson's interval over them, for a mean the average of the heads' own
+    intervals. The images are the same for all heads, so n is not their sum.
 
     Args:
         rows: the measures of each head, by the same names.
-        what: what they are, in words, such as `3 heads`.
+        what: name of the rows, such as `3 heads`.
     """
     rows = list(rows)
     if len(rows) == 1:

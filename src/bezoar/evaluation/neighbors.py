@@ -1,10 +1,10 @@
 """Exact k-nearest neighbours on a device, in bounded memory.
 
-Blocked matrix products give the squared distances of a block of queries, of which the smallest few
-beyond k are measured again, as differences in float64. Whatever was not measured is farther than
-the k-th neighbour by more than the rounding error of the products; a query of which this is not
-sure is searched again by products in float64, and at last by differences alone. So the answer is
-exact, ties go to the lower index, and the sizes of blocks cannot change it.
+Blocked matrix products give the squared distances of a block of queries. The smallest few beyond k
+are measured again, as differences in float64. All others are farther than the k-th neighbour by
+more than the rounding error of the products. A query for which this is uncertain is searched again
+with products in float64, and finally with differences alone. So the result is exact, ties go to the
+lower index, and the sizes of blocks do not matter.
 
 faiss's flat index loses small distances to cancellation, and is no dependency
 (benchmarks/density.py compares the two).
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
-from bezoar.encoders import fast_linear
 from bezoar.errors import UserError
 
 CELLS = {"cpu": 1 << 21, "cuda": 1 << 28}  # largest matrix of distances, in elements
@@ -35,7 +34,7 @@ HELD = 1 << 28  # elements that are kept on the device; larger ones are read aga
 READ_CELLS = 1 << 21  # elements that are read at a time
 SPARE = 8  # neighbours beyond k that are measured
 GROUP = 16  # distances that are looked at together, by the smallest of them
-TIE = 1e-6  # relative difference of squared distances below which float32 may not tell them apart
+TIE = 1e-6  # relative difference of squared distances that float32 may not distinguish
 NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defined for finite ones"
 
 
@@ -91,10 +90,10 @@ def nearest_neighbors(
 
 
 class Index:
-    """References made ready to be searched for k nearest neighbours.
+    """References prepared for the search of k nearest neighbours.
 
-    At most k + M copies of a vector can be among the k nearest of a query that leaves M references
-    out, so further copies are dropped: a million identical images are a few.
+    At most k + M copies of a vector can be among the k nearest of a query that excludes M
+    references, so further copies are dropped: a million identical images become a few.
 
     Attributes:
         step: number of queries to search at a time.
@@ -108,7 +107,7 @@ class Index:
         excluded: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare references (R, D), of which a query leaves out at most `excluded`.
+        """Prepare references (R, D). excluded: most references that a query excludes.
 
         Raises UserError if they are not finite.
         """
@@ -205,7 +204,7 @@ class Index:
     def _nearest_by_product(self, q: Tensor, excluded: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Return the smallest squared distances by product, and their rows, (B, keep) each.
 
-        Those that are not returned are no smaller; what is left out is at infinity.
+        Excluded references are at infinity.
         """
         length = q.square().sum(1, keepdim=True)
         best = q.new_full((len(q), keep), torch.inf)
@@ -216,7 +215,7 @@ class Index:
             else:
                 references = (self._read(block).double() - self.centre).to(q.dtype)
             norms = references.square().sum(1) if q.dtype == torch.float64 else self.norms[block]
-            tile = fast_linear.linear(-2 * q, references, norms).add_(length)  # (B, W)
+            tile = F.linear(-2 * q, references, norms).add_(length)  # (B, W)
             inside = (excluded >= block.start) & (excluded < block.stop)
             query, column = inside.nonzero().unbind(1)
             tile[query, excluded[query, column] - block.start] = torch.inf
@@ -240,7 +239,7 @@ class Index:
             differences = self._read(reference[part]).double().sub_(q.index_select(0, query[part]))
             squares[part] = differences.square_().sum(1)
         distance = torch.full(row.shape, torch.inf, device=q.device)
-        # Distances that round to the same float32 are ties, and go to the lower row.
+        # Distances that round to the same float32 are ties, which go to the lower row.
         distance[query, column] = squares.sqrt_().float()
         distance, order = distance.sort(dim=1, stable=True)
         return distance[:, : self.k], row.gather(1, order[:, : self.k])
@@ -264,7 +263,7 @@ def smallest(tile: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def drop_surplus_copies(vectors: Tensor, copies: int) -> Tensor:
-    """Return the rows of vectors (R, D) before which fewer than `copies` equal ones stand."""
+    """Return the rows of vectors (R, D) with fewer than `copies` equal ones before them."""
     digests = []
     for part in blocks(len(vectors), max(1, READ_CELLS // max(1, vectors.shape[1]))):
         content = vectors[part].contiguous().view(torch.uint8).cpu().numpy()

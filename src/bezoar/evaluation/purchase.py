@@ -1,7 +1,8 @@
-"""Purchase power: what an attacker who buys expired domains pays for a number of poisons (Carlini et al. 2023).
+"""Purchase power: the price of the expired domains for a number of poisons (Carlini et al. 2023).
 
-Split-view poisoning: whoever owns the domain of a URL decides what a later download finds there, but
-not the caption, which stands in the list of URLs. Only records whose captions mention the target serve.
+In split-view poisoning, the owner of a URL's domain decides what a later download finds there. The
+caption cannot be changed: it is in the list of URLs. So only records whose captions mention the
+target are useful.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class DomainTable:
     """Domains of a data set.
 
     Attributes:
-        names: of D domains.
-        records: float64 (D,), how many records of each serve the attacker.
-        prices: float64 (D,), what each costs.
+        names: names of D domains.
+        records: float64 (D,), number of useful records of each.
+        prices: float64 (D,), price of each.
     """
 
     names: tuple[str, ...]
@@ -48,17 +49,17 @@ class DomainTable:
     prices: Floats
 
     def buy(self, needed: float) -> tuple[int, float]:
-        """Domains that hold so many records, and what they cost; infinite where all do not.
+        """The number of domains to buy for so many records, and the price, which may be infinite.
 
-        They are bought by records for the price, the best first: the fewest and cheapest where all
-        prices are equal, and otherwise at most the price of one domain above the least sum.
+        Domains are bought in the order of records for the price. If all prices are equal, this is
+        optimal; otherwise the sum is at most the price of one domain above the least.
         """
         if needed <= 0:
             return 0, 0.0
         order = np.lexsort((-self.records, -self.records / np.maximum(self.prices, 1e-9)))
-        held = np.cumsum(self.records[order])
-        count = int(np.searchsorted(held, needed * (1 - 1e-12))) + 1
-        if not len(held) or needed > held[-1] or math.isinf(needed):
+        cumulative = np.cumsum(self.records[order])
+        count = int(np.searchsorted(cumulative, needed * (1 - 1e-12))) + 1
+        if not len(cumulative) or needed > cumulative[-1] or math.isinf(needed):
             return len(self.names), math.inf
         return count, float(self.prices[order][:count].sum())
 
@@ -81,12 +82,12 @@ def _ends(costs: Sequence[float], n: int) -> tuple[float, int, float, float]:
 def read_domains(path: Path, price: float, target: str) -> DomainTable:
     """Read a table of domains, or of URLs.
 
-    Columns: a domain (`domain`), or a URL whose domain counts; a number of records (`records`),
-    without which each row is one; a `price`, without which each costs `price`; a caption, with which
-    the rows that mention the target count alone. Rows of one domain are added up, at the highest price.
+    Columns: a domain (`domain`), or a URL with its domain; a number of records (`records`), by
+    default one a row; a `price`, by default the argument; a caption, with which only rows that
+    mention the target count. Rows of one domain are added up, at the highest price.
 
     Raises:
-        UserError: for a table without these columns, and for numbers that are none.
+        UserError: for a table without these columns, and for invalid numbers.
     """
     names = column_names(path)
     domain, url, count, cost, caption = (
@@ -99,8 +100,8 @@ def read_domains(path: Path, price: float, target: str) -> DomainTable:
         )
     records: dict[str, float] = {}
     prices: dict[str, float] = {}
-    wanted = [name for name in (domain or url, count, cost, caption) if name]
-    for number, row in read_rows(path, columns=wanted):
+    columns_read = [name for name in (domain or url, count, cost, caption) if name]
+    for number, row in read_rows(path, columns=columns_read):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {number}: {row}")
         place = f"{path} row {number}"

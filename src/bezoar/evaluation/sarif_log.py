@@ -1,4 +1,4 @@
-"""SARIF 2.1.0 (OASIS 2020), the format of code-scanning tools: the log around the results of a run."""
+"""SARIF 2.1.0 (OASIS 2020), the log format of code-scanning tools, for the results of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_log(
     warnings: Sequence[str],
     verdict: str,
 ) -> dict[str, Any]:
-    """The log of one run, as JSON. warnings: what was asked and could not be done, or not be told."""
+    """The log of one run, as JSON. warnings: parts of the question that could not be answered."""
     driver = {"name": "bezoar", "semanticVersion": version("bezoar"), "rules": list(rules)}
     notes = [{"level": "warning", "message": {"text": text}} for text in warnings]
     run = {

@@ -30,13 +30,13 @@ class Scores:
     Attributes:
         ids: N record ids, a tuple or a column (`data.strings.Strings`).
         values: float32 (N,), finite.
-        boxes: of a detector that locates a trigger, int64 (N, 4): top, left, height and width of a
-            window in the image's pixels, -1 where there is none.
-        notes: what the detector says of all records; JSON can hold it.
-        raised: of a detector that decides, bool (N,): the records of an attack that it detected and
+        boxes: by a detector that locates a trigger, int64 (N, 4): top, left, height and width of a
+            window in the image's pixels, -1 without one.
+        notes: the detector's facts about all records, as JSON.
+        raised: by a detector that decides, bool (N,): the records of an attack that it detected and
             tested.
-        groups: of a detector that finds copies, int64 (N,): records of one number are copies of one
-            picture whose captions diverge; -1 for all others.
+        groups: by a detector of copies, int64 (N,): records with the same number are copies of one
+            picture with diverging captions; -1 for all others.
     """
 
     ids: Sequence[str]
@@ -67,8 +67,8 @@ class Scores:
     def ranking(self) -> np.ndarray:
         """Return all rows, int64 (N,), the most suspicious first.
 
-        Ties are broken by a draw that belongs to the record, not by its id: added poisons are named
-        after other images, and a detector that says nothing would find them by their names.
+        Ties are broken by a draw that depends on the record, not by its id: added poisons are named
+        after other images, so a detector without any information would find them by their names.
         """
         values = self.values.cpu().numpy()
         order = np.argsort(-values, kind="stable")
@@ -131,7 +131,7 @@ class Measure:
         return cls(value, n, value, value, how)
 
     def json(self) -> dict[str, Any]:
-        """Return the measure as a manifest holds it; `Measure(**raw)` reads it again."""
+        """Return the measure for a manifest; `Measure(**raw)` reads it again."""
         return encode_nonfinite(asdict(self))
 
 

@@ -120,8 +120,8 @@ def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> 
     """Return DeLong's (1988) interval on the logit scale, at least Newcombe's (2006) method 5.
 
     DeLong's variance is estimated from the placements of each class. With one to ten poisons, which
-    may happen to stand alike, it is far too small: a nominal 95 % interval covered 7 times in 10
-    with two of them. Of perfect scores it is zero.
+    may have similar ranks by chance, it is far too small: with two poisons, a nominal 95 % interval
+    covered the truth in 70 %. For perfect scores it is zero.
     """
     s, is_poison = _check_inputs(scores, truth)
     value = auroc(s, is_poison)

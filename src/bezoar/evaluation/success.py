@@ -1,4 +1,4 @@
-"""Success: what it means that an attack worked, for every probe that reads images as classes."""
+"""Success of attacks, for every probe that reads images as classes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 
 Head = Callable[[Tensor], Tensor]  # float32 (N, D) unit rows -> scores (N, C), highest is the class
+BATCH = 512  # images at a time
 P = ParamSpec("P")
 R = TypeVar("R")
 _cache: ContextVar[dict[Any, Any] | None] = ContextVar("cache", default=None)
@@ -71,7 +72,7 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class TestViews:
-    """Everything that success is measured on, as one encoder embeds it, for any number of heads.
+    """The vectors of all test images by one encoder, for measuring the success with any head.
 
     Attributes:
         classes: names of the C classes.
@@ -98,14 +99,14 @@ class TestViews:
         test: Pairs,
         goals: Sequence[Goal],
         victims: Pairs | None,
-        batch: int = 512,
     ) -> TestViews:
         """Embed the test images, with and without each trigger, and the victims.
 
         Args:
-            encoder: what the images are seen through.
+            encoder: the encoder to measure.
+            test: the test set.
+            goals: the attacks' goals.
             victims: the images that goals name as victims; None leaves targeted goals out.
-            batch: images at a time.
 
         Raises:
             UserError: if nothing can be measured on the test set, or a goal's target is none of its
@@ -118,9 +119,9 @@ class TestViews:
         if victims is not None and targeted:
             row_of = {record_id: row for row, record_id in enumerate(victims.ids)}
             rows = [row_of[goal.victims[0]] for goal in targeted]
-            victim_vectors = embed_records(encoder, victims.take(rows), batch)
-        clean = embed_records(encoder, test, batch)
-        triggered = tuple(_embed_triggered(encoder, test, goal, batch) for goal in backdoors)
+            victim_vectors = embed_records(encoder, victims.take(rows))
+        clean = embed_records(encoder, test)
+        triggered = tuple(_embed_triggered(encoder, test, goal) for goal in backdoors)
         return TestViews(
             test.classes,
             labels.to(clean.device),
@@ -135,8 +136,8 @@ class TestViews:
         """Measure accuracy, the success of each trigger, and that on the victims.
 
         Args:
-            head: reads vectors as classes.
-            how: what is said of the head, after each measure's own definition.
+            head: gives the scores of vectors for the classes.
+            how: description of the head, added to each measure's definition.
 
         Returns:
             Measures by name. With several triggers, those of number i end in `@i`; those of victims
@@ -282,7 +283,7 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelledVectors:
-    """What a head is fitted on.
+    """The data that a head is fitted on.
 
     Attributes:
         ids: N record ids.
@@ -305,28 +306,28 @@ def embed_labelled(
     test: Pairs,
     goals: Sequence[Goal],
     limit: int | None,
-    batch: int,
 ) -> LabelledVectors:
-    """Embed the records that `select_labelled` gives, `batch` images at a time."""
+    """Embed the records of `select_labelled`."""
     records = select_labelled(train, test, goals, limit)
     assert records.labels is not None
-    z = embed_records(encoder, records, batch)
+    z = embed_records(encoder, records)
     return LabelledVectors(records.ids, z, records.labels.to(z.device))
 
 
 def select_labelled(
     train: Pairs | None, test: Pairs, goals: Sequence[Goal] = (), limit: int | None = None
 ) -> Pairs:
-    """Select the records to fit a head on: those with a label, numbered as the test set's classes.
+    """Select the labelled records to fit a head on, with labels numbered as in the test set.
 
     Args:
         train: records with classes and labels.
+        test: the test set.
         goals: their targets must be among the labels.
-        limit: at most so many, a sample that belongs to the records.
+        limit: most records, a sample that depends on their ids.
 
     Raises:
-        UserError: if there are no labels, the two sets' classes differ, fewer than two classes are
-            left, or a goal's target is not.
+        UserError: if there are no labels, the two sets' classes differ, or fewer than two classes
+            or no records of a goal's target are left.
     """
     if train is None or train.labels is None or not train.classes:
         raise UserError(
@@ -361,16 +362,16 @@ def select_labelled(
 
 
 def class_index(target: str, classes: Sequence[str]) -> int:
-    """Return the number of a target among the classes. Raises UserError that lists them."""
+    """Return the number of a target among the classes. Raises UserError, which lists them."""
     if target not in classes:
         listed = ", ".join(classes[:8]) + (f", ... ({len(classes)})" if len(classes) > 8 else "")
         raise UserError(f"the target {target!r} is none of the test set's classes: {listed}")
     return list(classes).index(target)
 
 
-def _embed_triggered(encoder: ImageEncoder, test: Pairs, goal: Goal, batch: int) -> Tensor:
-    """Embed the test records with a goal's trigger, float32 (N, D); `batch` of them are held."""
+def _embed_triggered(encoder: ImageEncoder, test: Pairs, goal: Goal) -> Tensor:
+    """Embed the test records with a goal's trigger in batches, float32 (N, D)."""
     trigger: Trigger = registry.make("trigger", goal.trigger or "")
-    size = len(test) if test.text_only else batch
+    size = len(test) if test.text_only else BATCH
     parts = (stamp_records(trigger, part) for part in test.batches(size))
-    return torch.cat([embed_records(encoder, part, batch) for part in parts])
+    return torch.cat([embed_records(encoder, part) for part in parts])

@@ -1,4 +1,4 @@
-"""Survival: how much of a trigger outlives the way from the attacker's file to the encoder.
+"""Survival: how much of a trigger is left between the attacker's file and the encoder.
 
 The order is that of a web corpus: the attacker's image is resized, stored as JPEG, read, cropped,
 augmented and normalised. The image with the trigger and the one without go the same way with the
@@ -44,7 +44,7 @@ SMALLEST = 1e-12  # below which a length is not divided by
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to an image, in this order. The defaults do nothing.
+    """Changes of an image, in this order. The defaults change nothing.
 
     Attributes:
         resize: factor of the side, above 0 and up to 4.
@@ -146,7 +146,7 @@ def resize_floats(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def augment_images(x: Tensor, name: str, chance: Chance) -> Tensor:
-    """Augment float images 0..1 (N, 3, H, W), one view each; no name leaves them as they are."""
+    """Augment float images 0..1 (N, 3, H, W), one view each; an empty name changes nothing."""
     if not name:
         return x
     if name == "shift":
@@ -180,18 +180,18 @@ def energy_ratio(residue: Tensor, before: Tensor) -> Tensor:
 
 
 def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare what is left of a trigger with its own pattern, at the best offset of each image.
+    """Compare the rest of a trigger with its pattern, at the best offset of each image.
 
-    A crop or a shift moves the pattern, which offsets allow for; one that mirrors or enlarges it
-    makes it another pattern.
+    The offsets allow for crops and shifts, which move the pattern. Mirroring or enlarging makes
+    another pattern.
 
     Args:
-        residue: what is left, float (N, 3, H, W).
+        residue: the rest of the trigger, float (N, 3, H, W).
         before: the pattern, float (N, 3, H, W).
 
     Returns:
         The projection of the residue on the pattern, (N,), 1 being all of it; and the correlation
-        with it, (N,), which is that over the residue's length.
+        with it, (N,): the projection over the residue's length.
     """
     spectrum = torch.fft.rfft2(residue) * torch.fft.rfft2(before).conj()
     product = torch.fft.irfft2(spectrum.sum(1), s=before.shape[-2:]).amax((1, 2))

@@ -1,4 +1,4 @@
-"""Verdict: what an audit says of an encoder, with the triggers that it inverted."""
+"""Verdict: the result of an audit of an encoder, with inverted triggers."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How suspicious an encoder is. A threshold comes from a bank of encoders like it.
+    """How suspicious an encoder is. The threshold comes from a bank of similar encoders.
 
     Attributes:
-        value: higher is more suspicious; comparable among encoders of one family alone.
+        value: higher is more suspicious; comparable only among encoders of one family.
         evidence: the measures that the value was computed from, by name.
         inversions: reconstructed triggers, the most suspicious first.
-        notes: further facts that JSON holds. A key `limits`, a list of sentences, says what the
-            audit could not see here.
+        notes: further facts, as JSON. A key `limits`, a list of sentences, names what the audit
+            could not see here.
     """
 
     value: float

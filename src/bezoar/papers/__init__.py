@@ -1,8 +1,8 @@
-"""Tables of papers, declared. KIND `paper`: one file a table, a folder a paper.
+"""Declarations of papers' tables. Kind `paper`: a folder for each paper, a file for each table.
 
 A table is called with the user's options and returns a declaration: rows of cells, each a metric of
-several trials. The `__init__` of a paper's folder holds what its tables share and lists them in
-`TABLES`, in the order of the page.
+several trials. The `__init__` of a paper's folder holds the shared parts of its tables, and lists
+them in `TABLES`, in the order of the page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIXED_PLACES = ("corner", "upper_left", "upper_right", "lower_left")  # for trig
 
 
 class PaperTable(Protocol):
-    """A table of a paper, configured: what every file of this kind defines."""
+    """The interface of a paper's table."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale.
@@ -30,11 +30,11 @@ class PaperTable(Protocol):
 
 
 def dataset_spec(root: str, name: str, split: str, **fields: object) -> str:
-    """The spec of a data set in the user's folder: `NAME.npz` or its publisher's own files.
+    """The spec of a data set in the user's folder: `NAME.npz`, or the publisher's files.
 
     Args:
-        root: The folder; "" stands for `data`.
-        name: The data set, as its source is called.
+        root: The folder; "" means `data`.
+        name: The name of the data source.
         split: `train` or `test`.
         **fields: Further fields of the source, such as `limit` or `size`.
     """

@@ -1,1 +1,1 @@
-"""Repair: an encoder without its backdoor, by clean data alone."""
+"""Repair: removes a backdoor from an encoder with clean data alone."""

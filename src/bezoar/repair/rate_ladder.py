@@ -28,9 +28,9 @@ CLUSTERS = 20  # of the suspect's clean vectors
 MIN_VALIDATION = 50  # records; with fewer, one image more or less would choose the rate
 BATCH = 512  # images that are embedded together
 CLASSIFIER_RECIPE = "supervised:epochs=8,weight_decay=0.1,smoothing=0.1"  # that tunes one
-ROUNDING = 1e-9  # by which a fall may exceed the tolerance
+ROUNDING = 1e-9  # a fall may exceed the tolerance by this much
 
-Log = dict[str, Any]  # what a repair says of itself, as JSON
+Log = dict[str, Any]  # facts about a repair, as JSON
 
 
 class LadderFields(Protocol):
@@ -47,8 +47,8 @@ class ValidationMetric:
     """A score of an encoder on clean validation records.
 
     Attributes:
-        score: encoder -> 0..1, higher = better.
-        how: what it is, in words.
+        score: encoder -> 0..1, higher is better.
+        how: its definition, in words.
     """
 
     score: Callable[[Encoder], float]
@@ -58,11 +58,11 @@ class ValidationMetric:
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
         """The best score that these records allow.
 
-        With labels it is accuracy: by the network's own head where it has one of these classes,
-        zero-shot where there is a text tower, else of a linear head fitted on the clean records.
-        Without labels it is how many images an own head still reads as the start does, or how many
-        find their own caption. Without captions too, it is how many records stay in the cluster
-        that the start puts them into.
+        With labels, it is the accuracy of the network's own head if that has these classes, else of
+        zero-shot classification if there is a text tower, else of a linear head fitted on the clean
+        records. Without labels, it is the share of images that the network's own head reads as
+        before the repair, or the share that retrieve their own caption. Without captions either, it
+        is the share of records that stay in the same cluster.
 
         Raises:
             UserError: for too few validation records.
@@ -113,10 +113,10 @@ def _accuracy(encoder: Encoder, train: Pairs | None, validation: Pairs, probe: s
 
 @torch.no_grad()
 def caption_retrieval(encoder: Encoder, validation: Pairs) -> float:
-    """Share of the images whose own caption is the nearest of all.
+    """The share of images whose own caption is the nearest.
 
-    Captions of the same text count as one. An image that k captions are equally near to counts
-    1 / k if its own is one of them.
+    Captions with the same text count as one. If k captions are equally near to an image and its
+    own is one of them, the image counts 1 / k.
     """
     z = embed_images(encoder, torch.split(validation.images, BATCH))  # (N, D)
     rows = {text: i for i, text in enumerate(dict.fromkeys(validation.captions))}
@@ -202,12 +202,12 @@ def repair_with_ladder(
     make: Callable[[float], Encoder],
     log: Log | None,
 ) -> Encoder:
-    """What a repair makes at the largest rate that keeps the validation score, marked as repaired.
+    """The repaired encoder at the largest rate that keeps the validation score, marked as repaired.
 
     Args:
         repair: the method, with its rates and its tolerance.
         make: learning rate -> repaired encoder.
-        log: gains `ladder`.
+        log: receives `ladder`.
     """
     metric = ValidationMetric.of(encoder, clean, validation)
     student = train_at_largest_rate(encoder, metric, repair.lrs, repair.tolerance, make, log)
@@ -222,19 +222,19 @@ def train_at_largest_rate(
     make: Callable[[float], Encoder],
     log: Log | None = None,
 ) -> Encoder:
-    """The encoder made at the largest rate whose score is at most `tolerance` below the start's.
+    """The encoder made at the largest rate whose score falls by at most `tolerance`.
 
-    Rates are tried from the largest down. Where none keeps the score, the one that lost least is
-    taken, and the log says so. A rate at which training breaks down does not keep it.
+    Rates are tried from the largest down. If none keeps the score, the one with the smallest fall
+    is used, and the log says so. A rate at which training diverges counts as not keeping it.
 
     Args:
-        metric: of the clean validation records.
+        metric: the score on clean validation records.
         tolerance: how far the score may fall.
         make: learning rate -> encoder.
-        log: gains `ladder`.
+        log: receives `ladder`.
 
     Raises:
-        UserError: where training breaks down at every rate.
+        UserError: if training diverges at every rate.
     """
     before = metric.score(start)
     rungs: list[Log] = []
@@ -272,12 +272,12 @@ def train_at_largest_rate(
 
 
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
-    """The captions as an objective reads them, int64 (N, L); L = 0 for one of images alone.
+    """The captions as tokens for an objective, int64 (N, L); L = 0 for one without captions.
 
     For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1).
 
     Raises:
-        UserError: where objective, encoder and records do not fit each other.
+        UserError: if objective, encoder and records do not fit each other.
     """
     name = registry.method_name(type(recipe))
     if getattr(recipe, "labels", False):
@@ -304,8 +304,8 @@ def select_objective(spec: str, encoder: Encoder, clean: Pairs, with_text: str, 
     """The objective that a repair tunes with.
 
     Args:
-        spec: what the user asked for; `auto` is `supervised` for a classifier whose classes the
-            clean records are labelled with, else one of the next two.
+        spec: the user's choice. `auto` is `supervised` for a classifier whose classes label the
+            clean records, else one of the next two.
         with_text: the spec for encoders with a text tower.
         alone: the spec for image towers without a head.
 
@@ -344,9 +344,9 @@ def train_copy(
     Args:
         recipe: epochs, batch, learning rate and its schedule.
         loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`.
-        tokens: int64 (N, L), what the loss is given beside the images.
-        seed: of the loss's new weights, of the batches and of the augmentation.
-        report: told at every step.
+        tokens: int64 (N, L), the second argument of the loss.
+        seed: seed of the loss's new weights, the batches and the augmentation.
+        report: called at every step.
         what: name of the training in reports.
     """
     student = copy.deepcopy(start)

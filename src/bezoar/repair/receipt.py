@@ -1,7 +1,7 @@
-"""Receipt: what a repair did to an encoder.
+"""Receipt: measures what a repair did to an encoder.
 
-Accuracy, success of known and of inverted triggers, z-scores, what linear heads read, and whether a
-short fine-tune, clean or with ten poisons, brings the backdoor back.
+It holds accuracy, success of known and inverted triggers, z-scores and linear probes, and whether
+a short fine-tune, clean or with ten poisons, brings the backdoor back.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from bezoar.progress import ProgressReport, no_report
 from bezoar.repair import rate_ladder
 from bezoar.repair.repairs import Repair
 
-POISONS = 10  # of the fine-tune that is to bring the backdoor back
-MAX_READINGS = 16  # triggered images whose readings are kept for the page
+POISONS = 10  # poisons of the fine-tune that may bring the backdoor back
+MAX_READINGS = 16  # triggered images whose readings the page shows
 MAX_INVERTED = 4  # inverted triggers that are measured, the most suspicious first
 REACHED = 0.5  # success of an inverted trigger that reaches its target
 SHORT_RECIPE = "clip:epochs=2,batch={},lr=1e-3"  # of the fine-tunes, with captions
@@ -54,7 +54,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SuccessHead:
-    """A head that success is read by, and its group: "" for the text tower's, `own` or `linear`."""
+    """A head for measuring success, and its group: "" for the text tower's, `own` or `linear`."""
 
     group: str
     classifier: Classifier
@@ -62,11 +62,11 @@ class SuccessHead:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What encoders are measured on.
+    """The data that encoders are measured on.
 
     Attributes:
         test: test images with classes.
-        goals: the known ones; the target is a class of the test set.
+        goals: the known goals; their targets are classes of the test set.
         victims: the images of targeted goals.
         labelled: clean records for linear heads, or None.
         inverted: triggers that an audit inverted, with the class that they turn images into.
@@ -79,7 +79,7 @@ class EvaluationData:
     inverted: tuple[Goal, ...] = ()
 
     def default_head(self, encoder: Encoder) -> SuccessHead:
-        """The head that success is read by: the network's own, else the text tower's, else a linear one."""
+        """The head for success: the network's own, else the text tower's, else a linear one."""
         if classifiers.fits_own_head(encoder, self.test.classes):
             return SuccessHead("own", classifiers.own_classifier(encoder, self.test.classes))
         if encoder.text is not None and self.test.classes:
@@ -96,7 +96,7 @@ class EvaluationData:
         return classifiers.fit_classifier(encoder, align_labels(self.labelled, self.test.classes))
 
     def measure(self, encoder: Encoder, main: SuccessHead) -> dict[str, Measure]:
-        """All measures of an encoder; main: the head that success is read by.
+        """All measures of an encoder; main: the head for success.
 
         They are accuracy and success by the main head and by a linear one, the z-score of each
         known trigger, and the success of inverted triggers.
@@ -119,9 +119,9 @@ class EvaluationData:
         return measures
 
     def read(self, head: SuccessHead, goals: Sequence[Goal]) -> dict[str, Measure]:
-        """The metrics of a receipt by one head, on the test images as they are and stamped."""
+        """The metrics of a receipt with one head, on the test images with and without triggers."""
         classifier = head.classifier
-        # A network's own head reads vectors of any length, and so their logits stand for them.
+        # A network's own head reads vectors of any length, so its logits take their place.
         encoder: ImageEncoder = classifier.encoder
         if classifier.raw:
             encoder = classifiers.LogitEncoder(classifier)
@@ -134,7 +134,7 @@ class EvaluationData:
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The records with a label, numbered as the test set numbers its classes.
+    """The labelled records, with labels numbered as in the test set.
 
     Raises UserError as `success.select_labelled` does.
     """
@@ -143,7 +143,7 @@ def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
 
 
 def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead) -> Measure:
-    """How much accuracy the repair cost, on the same images before and after."""
+    """The loss of accuracy by the repair, on the same images before and after."""
     labels = data.test.labels
     assert labels is not None
     rows = labels >= 0
@@ -164,10 +164,10 @@ def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead)
 def compare_readings(
     data: EvaluationData, before: SuccessHead, after: SuccessHead
 ) -> list[dict[str, Any]]:
-    """What stamped test images of other classes are read as before and after the repair, as JSON.
+    """The classes of triggered test images of other classes before and after the repair, as JSON.
 
-    An object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number
-    of an inverted one), `ids`, `own` (classes), `before` and `after`.
+    One object for each known and each inverted trigger: `target`, `trigger`, `inverted` (the number
+    of an inverted trigger), `ids`, `own` (classes), `before` and `after`.
     """
     goals: list[tuple[Goal, int | None]] = [(g, None) for g in data.goals if g.trigger]
     goals += [(g, number) for number, g in enumerate(data.inverted)]
@@ -201,10 +201,10 @@ def class_names(labels: Tensor, classes: Sequence[str]) -> list[str]:
 
 
 def load_inversions(folder: Path) -> tuple[Inversion, ...]:
-    """The triggers that an audit wrote into a folder, by evidence; empty where it inverted none.
+    """Read the triggers that an audit inverted, in order of evidence; empty if it inverted none.
 
-    First are those that reach their target, the smallest first: the fewer pixels turn every image,
-    the less a clean encoder explains it. `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
+    Triggers that reach their target come first, the smallest before larger ones.
+    `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
     their targets and norms.
 
     Raises:
@@ -231,7 +231,7 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
 
 
 def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inversion:
-    """An inversion from what an audit wrote of it."""
+    """Make an inversion from the entries that an audit wrote."""
     mask = mask.float().clamp(0, 1)
     pattern = pattern.float().clamp(0, 1)
     norm = float(facts.get("norm", mask.sum()))
@@ -241,7 +241,7 @@ def make_inversion(mask: Tensor, pattern: Tensor, facts: dict[str, Any]) -> Inve
 
 
 def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
-    """Raise UserError unless a trigger has the size of images (N, 3, H, W), called `what`."""
+    """Raise UserError unless a trigger has the size of images (N, 3, H, W). what: their name."""
     trigger_size, size = tuple(inversion.mask.shape[1:]), tuple(images.shape[2:])
     if trigger_size != size:
         trigger_text, text = ("x".join(map(str, s)) for s in (trigger_size, size))
@@ -253,10 +253,10 @@ def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
 def export_goals(
     inversions: Sequence[Inversion], folder: Path, data: EvaluationData, before: SuccessHead
 ) -> tuple[Goal, ...]:
-    """Write inverted triggers as files that any verb can stamp, and return them as goals.
+    """Write inverted triggers as trigger files for any verb, and return them as goals.
 
-    The target is the audit's where it is a class of the test set, else the class that most stamped
-    images are read as by `before`, a head on the encoder under repair.
+    The target is the audit's if it is a class of the test set, else the class that `before`, a head
+    on the encoder under repair, reads most stamped images as.
     """
     goals = []
     for i, inversion in enumerate(inversions[:MAX_INVERTED]):
@@ -278,14 +278,14 @@ def export_goals(
 
 @dataclass(frozen=True)
 class RevivalTest:
-    """Whether a short fine-tune brings a backdoor back.
+    """Tests whether a short fine-tune brings a backdoor back.
 
     Attributes:
-        case: what the encoders are measured on.
+        case: the data that encoders are measured on.
         clean: the records to tune on.
         goal: the backdoor's, known or inverted.
-        seed: of the fine-tunes and of the poisons.
-        report: told before each of them.
+        seed: seed of the fine-tunes and of the poisons.
+        report: called before each of them.
     """
 
     case: EvaluationData
@@ -295,11 +295,11 @@ class RevivalTest:
     report: ProgressReport = no_report
 
     def measure(self, repaired: Encoder, twin: Encoder | None = None) -> dict[str, Measure]:
-        """Success after each of the fine-tunes.
+        """Measure success after each of the fine-tunes.
 
-        `revived_clean` is after one on clean records, `revived_poisons` after one with ten poisons.
-        Two more show what ten poisons do where no backdoor was: `revived_other` has a trigger that
-        the encoder has never met, and `revived_twin` is in a clean twin, where there is one.
+        `revived_clean` follows one on clean records, `revived_poisons` one with ten poisons. Two
+        controls show what ten poisons do without a backdoor: `revived_other` uses a trigger that
+        the encoder has never met, and `revived_twin` a clean twin, if there is one.
         """
         trigger = unseen_trigger(self.goal.trigger or "", self.case.test.size)
         unseen = replace(self.goal, trigger=trigger)
@@ -314,24 +314,23 @@ class RevivalTest:
         for i, (name, encoder, goal, poisoned) in enumerate(trials):
             self.report(i, len(trials), name.replace("_", " "))
             data = replace(self.case, goals=(goal,), victims=None, inverted=())
-            if self.has_own_head(encoder):
-                tuned = self.tuned_classifier(encoder, goal if poisoned else None)
-                of_trial = data.read(data.default_head(tuned), (goal,))
-            elif poisoned and encoder.text is None:
+            own_head = self.has_own_head(encoder)
+            if poisoned and encoder.text is None and not own_head:
                 of_trial = self.measure_poisoned_head(data, encoder, goal)
             else:
-                tuned = self.tuned(encoder, goal if poisoned else None)
+                tune = self.tune_classifier if own_head else self.tune_towers
+                tuned = tune(encoder, goal if poisoned else None)
                 of_trial = data.read(data.default_head(tuned), (goal,))
             measures |= {f"{name}.{k}": m for k, m in of_trial.items()}
         return measures
 
     def has_own_head(self, encoder: Encoder) -> bool:
-        """Whether an encoder is a classifier of the test's classes, and the clean records have labels."""
+        """Whether the encoder classifies the test classes, and clean records have labels."""
         return self.clean.labels is not None and classifiers.fits_own_head(
             encoder, self.case.test.classes
         )
 
-    def tuned_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
+    def tune_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy of a classifier after two epochs on the labelled clean records.
 
         With a goal, ten of the records carry its trigger and are labelled as its target.
@@ -345,14 +344,18 @@ class RevivalTest:
             images[rows], labels[rows] = stamped, target
         records = replace(labelled, images=images, labels=labels)
         batch = min(MAX_BATCH, len(records))
-        recipe = registry.make("objective", SHORT_LABEL_RECIPE.format(batch))
+        return self.fine_tune(encoder, SHORT_LABEL_RECIPE.format(batch), records)
+
+    def fine_tune(self, encoder: Encoder, objective: str, records: Pairs) -> Encoder:
+        """A copy of an encoder after a short training. objective: its spec."""
+        recipe = registry.make("objective", objective)
         tokens = rate_ladder.tokenize_for(encoder, recipe, records)
         return rate_ladder.train_copy(
             encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
         )
 
     def stamp_some(self, labelled: Pairs, goal: Goal) -> tuple[NDArray[np.int64], Tensor, int]:
-        """Ten rows of other classes than the target, their images with the trigger, and the target."""
+        """Ten images of other classes with the trigger, as records of the target."""
         assert labelled.labels is not None
         target = success.class_index(goal.target, labelled.classes)
         others = (labelled.labels != target).nonzero()[:, 0].cpu().numpy()
@@ -361,7 +364,7 @@ class RevivalTest:
         trigger = registry.make("trigger", goal.trigger or "")
         return rows, trigger(labelled.images[rows], [labelled.ids[i] for i in rows]), target
 
-    def tuned(self, encoder: Encoder, goal: Goal | None) -> Encoder:
+    def tune_towers(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy after two epochs on the clean records.
 
         With a goal, ten of the records carry its trigger and captions of its target.
@@ -370,17 +373,14 @@ class RevivalTest:
         spec, largest = SHORT_IMAGE_RECIPE, MAX_IMAGE_BATCH
         if with_captions:
             spec, largest = SHORT_RECIPE, MAX_BATCH
-        recipe = registry.make("objective", spec.format(min(largest, len(self.clean))))
+        batch = min(largest, len(self.clean))
         records = self.clean
         if goal is not None:
             poison = registry.make("poison", f"backdoor:count={POISONS},captions=templates")
             plan = poison(records, goal, self.seed)
             trigger = registry.make("trigger", goal.trigger or "")
             records = replace(plan, stamps=(trigger,)).apply(records)
-        tokens = rate_ladder.tokenize_for(encoder, recipe, records)
-        return rate_ladder.train_copy(
-            encoder, recipe, recipe, records, tokens, self.seed, what="a short fine-tune"
-        )
+        return self.fine_tune(encoder, spec.format(batch), records)
 
     def measure_poisoned_head(
         self, data: EvaluationData, encoder: Encoder, goal: Goal
@@ -406,8 +406,8 @@ class RevivalTest:
 def unseen_trigger(spec: str, side: int) -> str:
     """The spec of a trigger that an encoder has not met.
 
-    For a patch it is other colours at the same place, for any other trigger a patch. side: of the
-    images in pixels.
+    For a patch, it is a patch of other colours at the same place; for any other trigger, a patch.
+    side: of the images in pixels.
     """
     trigger = registry.make("trigger", spec)
     if "fill" in {field.name for field in dataclasses.fields(trigger)}:

@@ -1,4 +1,7 @@
-"""Distances of a student's vectors to a suspect's: 1 - cosine, or relative squared distance before a head."""
+"""Distances of a student's vectors to a suspect's.
+
+They are 1 - cosine, or a relative squared distance if the network has its own head.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class SuspectLoss(nn.Module):
 
 
 def read_vectors(encoder: Encoder, x: Tensor) -> Tensor:
-    """Vectors of images (B, 3, H, W), float32 (B, D): unit rows, or as a network's own head reads them."""
+    """Vectors of images (B, 3, H, W), float32 (B, D): unit rows, or the own head's inputs."""
     return encoder.encode_images(x) if encoder.head is None else encoder.raw_vectors(x)
 
 

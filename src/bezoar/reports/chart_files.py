@@ -1,4 +1,4 @@
-"""The charts of a page as SVG files of their own, in the colours of the light theme: for papers and slides."""
+"""Saves a page's charts as separate SVG files in light colours, for papers and slides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_NAME = 80  # characters
 
 
 def write_charts(folder: Path, sections: Sequence[tuple[str, Section]]) -> list[str]:
-    """Write every chart of some sections into the folder's `charts`. Returns the names of the files."""
+    """Write every chart of some sections into the folder's `charts`. Returns the files' names."""
     figures = [
         (title, part) for title, s in sections for part in s.parts if isinstance(part, Figure)
     ]
@@ -33,13 +33,13 @@ def write_charts(folder: Path, sections: Sequence[tuple[str, Section]]) -> list[
 
 
 def stand_alone(svg: str) -> str:
-    """An inline chart as a document of its own: with its namespace, and colours in place of the page's variables."""
+    """Turn an inline chart into a document with its namespace and without colour variables."""
     colours = light_colours()  # `str`, because markup escapes what is put into it
     text = str(svg).replace("<svg ", f"<svg {NAMESPACE} ", 1).replace("var(--font)", FONT)
     return re.sub(r"var\(--(\w+)\)", lambda match: colours.get(match[1], "#000000"), text)
 
 
 def light_colours() -> dict[str, str]:
-    """The colours of the page's light theme by name, out of its style sheet."""
+    """The colours of the light theme by name, from the page's style sheet."""
     light = STYLE.read_text().partition("@media")[0]
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light))

@@ -162,7 +162,7 @@ def set_percent_axis(axis: Axis) -> None:
 
 
 def add_legend(figure: Figure, entries: int, columns: int | None = None) -> None:
-    """Add a legend above the axes if there is more than one thing to tell apart."""
+    """Add a legend above the axes if there is more than one series."""
     columns = columns or (2 if entries == 4 else min(entries, 3))
     if entries > 1:
         figure.legend(loc="outside upper left", ncols=columns, handlelength=1.2, columnspacing=1.4)
@@ -205,7 +205,7 @@ def block_means(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 @house_style
 def draw_curves(x: Sequence[float], series: Sequence[Series], label: str) -> Markup:
-    """Draw rates as lines over x, epochs say. `label`: what x is."""
+    """Draw rates as lines over x, such as epochs. `label`: the quantity x."""
     figure, axes = new_figure(HALF)
     for s in series:
         colour = COLOURS[s.colour]
@@ -223,7 +223,7 @@ def draw_curves(x: Sequence[float], series: Sequence[Series], label: str) -> Mar
 def draw_histogram(
     series: Sequence[Series], label: str, mark: Mark | None = None, size: Size = HALF
 ) -> Markup:
-    """Draw the share of each group by value. `label`: what the values are."""
+    """Draw a histogram of each group. `label`: the quantity."""
     figure, axes = new_figure(size)
     groups = [np.asarray(s.values, dtype=float) for s in series]
     edges, are_whole = bin_edges(np.concatenate(groups))
@@ -319,10 +319,10 @@ def draw_intervals(rows: Sequence[IntervalRow]) -> Markup:
 
 @house_style
 def draw_strips(rows: Sequence[Series], marks: Sequence[Mark], label: str) -> Markup:
-    """Draw every value as a dot, one group below another. `label`: what the values are."""
+    """Draw every value as a dot, one group below another. `label`: the quantity."""
     figure, axes = new_figure((WIDE[0], 0.95 + 0.42 * len(rows)))
     for y, row in enumerate(rows):
-        # Dots stand on three levels in turn, so that close values can be told apart.
+        # Dots are drawn on three levels in turn, so that close values do not overlap.
         values = np.sort(np.asarray(row.values, dtype=float))
         heights = y + 0.16 * (np.arange(len(values)) % 3 - 1)
         style: Style = {

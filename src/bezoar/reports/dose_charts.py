@@ -28,7 +28,7 @@ from bezoar.reports.charts import (
     svg_markup,
 )
 
-# The axis of doses runs from 0 (the least dose above 0) to 1 (the greatest); dose 0 stands here.
+# The axis of doses runs from 0 (the smallest dose above 0) to 1 (the largest); dose 0 is here.
 ZERO_DOSE = -0.16
 MIN_DISTANCE = 0.09  # of two labelled doses on that axis
 LevelSeries = tuple[str, str, Sequence[Measure | None]]  # name, colour, a measure for each group
@@ -61,7 +61,7 @@ class DoseAxis:
     greatest: float
 
     def place(self, doses: ArrayLike) -> Floats:
-        """Return where doses stand on the axis."""
+        """Return the places of doses on the axis."""
         x = np.asarray(doses, dtype=float)
         positive = np.where(x > 0, x, self.least)
         logarithmic = np.log(positive / self.least) / math.log(self.greatest / self.least)
@@ -79,12 +79,12 @@ def draw_dose_response(
 ) -> Markup:
     """Draw points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left.
 
-    A fitted dose-response is a line with a band. Where it reaches half of what poison can add, a
-    diamond stands on the line, with the interval of that dose.
+    A fitted dose-response is a line with a band. A diamond marks the dose with half of the possible
+    success, with the interval of that dose.
 
     Args:
-        axis: What the doses are.
-        label: What the values are.
+        axis: The quantity of the doses.
+        label: The quantity of the values.
         percent: Whether the values are shares from 0 to 1; others are unbounded.
         unit: The unit of the doses, for the legend.
         size: Inches.
@@ -96,7 +96,7 @@ def draw_dose_response(
     dose_axis = DoseAxis(positive[0], greatest)
     limits = _set_value_axis(axes, [m for c in curves for m in c.points], label, percent)
     for i, curve in enumerate(curves):
-        # Curves stand a little apart, so that intervals at one dose do not hide one another.
+        # Curves are moved a little sideways, so that intervals do not cover one another.
         _draw_curve(axes, curve, dose_axis, 0.018 * (i - (len(curves) - 1) / 2), unit, limits)
     _label_doses(axes, doses, dose_axis)
     axes.set_xlabel(f"{axis or unit} (log scale)")
@@ -132,7 +132,7 @@ def _draw_curve(
 
 
 def _label_doses(axes: Axes, doses: Sequence[float], dose_axis: DoseAxis) -> None:
-    """Label doses that stand far enough apart, and mark the gap after dose 0."""
+    """Label doses that are far enough apart, and mark the gap after dose 0."""
     labelled: list[float] = []
     for x in doses:
         if not labelled or dose_axis.place(x) - dose_axis.place(labelled[-1]) >= MIN_DISTANCE:

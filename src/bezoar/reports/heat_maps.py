@@ -1,4 +1,4 @@
-"""Heat maps: a number in every cell, the deeper the colour the larger."""
+"""Heat maps: a number in every cell, with a deeper colour for a larger one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_heat_map(
         rows: Names of the R rows.
         columns: Names of the C columns.
         values: Shares (R, C). Colours stop at 0 and 1; the cell of a NaN is empty.
-        labels: What the rows and the columns are.
+        labels: Titles of the rows' axis and of the columns' axis.
         size: Inches.
     """
     figure, axes = new_figure(size)

@@ -14,9 +14,9 @@ from bezoar.runs.run import Run
 
 Unit = Literal["rate", "score", "count", "plain"]
 RATE: Unit = "rate"  # a share, shown in percent
-SCORE: Unit = "score"  # from 0 to 1 (or -1 to 1), shown as it is
+SCORE: Unit = "score"  # from 0 to 1 (or -1 to 1), shown unchanged
 COUNT: Unit = "count"  # a whole number
-PLAIN: Unit = "plain"  # any other number
+PLAIN: Unit = "plain"  # all other numbers
 
 # The base name of a metric -> the standard term and the unit.
 TERMS: dict[str, tuple[str, Unit]] = {
@@ -145,13 +145,12 @@ class MetricRow:
     Attributes:
         key: The metric's name, e.g. `scan.dao.recall_at_0.01`.
         label: Its standard term.
-        group: What it was measured on or by, in words; empty for none.
+        group: The data or the head that it was measured with, in words; empty for none.
         value: Its value with the unit.
-        interval: Its 95 % interval; empty for what was counted.
+        interval: Its 95 % interval; empty for counts.
         n: The number of trials.
         how: The definition of the metric.
-        track: Value, low and high in percent of a line from 0 to 1; None for values on no such
-            line.
+        track: Value, low and high in percent of a line from 0 to 1; None for other values.
     """
 
     key: str
@@ -266,7 +265,7 @@ def format_percent(value: float, sign: bool = True) -> str:
 
 
 def format_interval(measure: Measure, unit: Unit) -> str:
-    """Return the interval as text; empty for what was counted and for intervals without ends."""
+    """Return the interval as text; empty for counts and for intervals without ends."""
     low, high = measure.low, measure.high
     if low == high or not (math.isfinite(low) and math.isfinite(high)):
         return ""
@@ -299,7 +298,7 @@ def first_measure(measures: Mapping[str, Measure], name: str) -> Measure | None:
 
 
 def read_goals(run: Run) -> list[Goal]:
-    """Return what the attacker wants of a run. A goal that two parents pass on is listed once."""
+    """Return the attacker's goals of a run. A goal of two parents is listed once."""
     return list(dict.fromkeys(Goal.from_json(raw) for raw in run.manifest.get("goal", [])))
 
 

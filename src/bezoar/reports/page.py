@@ -45,7 +45,7 @@ def execute(verb: Any, settings: Settings | None = None) -> Run:
 
 
 def write_page(run: Run) -> Path:
-    """Write the page of a run and its summary into its directory and return the path of the page."""
+    """Write the page of a run and its summary into its directory. Returns the path of the page."""
     page = build_page(run)
     values = template_values(run, page)
     if chart_files.FOLDER in getattr(find_verb(run.verb), "main_files", ()):
@@ -61,7 +61,7 @@ def summarize_run(run: Run) -> Summary:
 
 
 def summarize_page(run: Run, page: Page) -> Summary:
-    """Return what a page says in up to three sentences, with its first figures and the run's main files.
+    """Return a page's sentences (at most three), its first figures and the run's main files.
 
     Seconds are left out: equal runs have equal summaries.
     """
@@ -88,7 +88,7 @@ def summarize_measure(name: str, measure: Measure, poisoned: bool) -> Figure:
 
 
 def write_standalone_page(run: Run, path: Path) -> Path:
-    """Write a page to hand around, without links to other runs and the runs' directory."""
+    """Write a page for other people, without links to other runs and the runs' directory."""
     text = re.sub(r'<a href="\.\./[^"]*"([^>]*)>(.*?)</a>', r"<span\1>\2</span>", render_page(run))
     text = text.replace(str(escape(f" --runs {shlex.quote(str(run.path.parent))}")), "")
     with refuse_unwritable(path):
@@ -103,7 +103,7 @@ def render_page(run: Run) -> str:
 
 
 def fill_template(values: dict[str, Any]) -> str:
-    """Return a page as HTML, of what `template_values` returns."""
+    """Render a page as HTML from `template_values`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -148,7 +148,7 @@ def template_values(run: Run, page: Page) -> dict[str, Any]:
 
 
 def make_section(make: Callable[[], Section | None]) -> Section | None:
-    """Make one section; one that cannot be made says why."""
+    """Make one section; if that fails, return a section with the error."""
     try:
         return make()
     except Exception as problem:  # files may be gone, and a user's own methods may raise anything
@@ -167,7 +167,7 @@ class ParentLink:
 
 
 def group_parents(run: Run) -> dict[str, list[ParentLink]]:
-    """Return links to the runs that a run was made from, by the input they were given as or their verb."""
+    """Return links to the parents of a run, by input or verb."""
     roles: dict[str, str] = {}
     for field, value in metric_names.as_dict(run.manifest.get("ask")).items():
         for entry in value if isinstance(value, list) else [value]:
@@ -181,7 +181,7 @@ def group_parents(run: Run) -> dict[str, list[ParentLink]]:
 
 
 def typed_inputs(run: Run) -> dict[str, str]:
-    """Return the inputs that are no runs, as they were typed: data, encoders, methods."""
+    """Return the inputs that are no runs, as the user typed them: data, encoders, methods."""
     verb_class = find_verb(run.verb)
     ask = metric_names.as_dict(run.manifest.get("ask"))
     marks = {} if verb_class is None else field_marks(verb_class)
@@ -213,7 +213,7 @@ def allow_breaks(text: Any) -> Markup:
 
 
 def mark_code(text: Any, breaks: bool = False) -> Markup:
-    """Return escaped text in which what stands between backticks is set as code. breaks: see `allow_breaks`."""
+    """Return escaped text in which words between backticks are code. breaks: see `allow_breaks`."""
     pieces = str(allow_breaks(text) if breaks else escape(text)).split("`")
     if len(pieces) % 2 == 0:  # one backtick has no partner
         return Markup("`".join(pieces))

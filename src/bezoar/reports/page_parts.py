@@ -1,7 +1,7 @@
 """The parts of a page: sections of text, charts, tables and galleries.
 
-They hold plain data; the templates decide how they look. Every text is taken to be hostile and is
-escaped by the templates. Only the svg of a `Figure`, made by `charts`, is markup.
+They hold plain data; the templates render them and escape every text, which may be hostile. Only
+the svg of a `Figure`, made by `charts`, is markup.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Figure:
 
     @property
     def is_wide(self) -> bool:
-        """Whether the chart is as wide as the page; others stand side by side."""
+        """Whether the chart is as wide as the page; others are placed side by side."""
         return 'class="wide"' in self.svg
 
 
@@ -135,7 +135,7 @@ Part = Text | Figure | Table | Gallery
 
 @dataclass(frozen=True)
 class Section:
-    """What stands below a heading: a sentence that introduces it, then its parts."""
+    """The contents below a heading: an introduction, then the parts."""
 
     parts: Sequence[Part] = ()
     lead: str = ""

@@ -18,18 +18,18 @@ from bezoar.data.stored_pairs import StoredPairs
 from bezoar.reports.page_parts import Gallery, Tile
 from bezoar.runs.inputs import Dataset
 
-MAX_SIDE = 96  # pixels of a picture's side as it is stored in a page
+MAX_SIDE = 96  # pixels a side of a picture in a page
 COLUMNS = 16
 MAX_TEXT = 160  # characters of a caption or an id
 
 
 def take_records(dataset: Dataset, ids: Sequence[str]) -> Pairs:
     """Return the records of `ids` as training reads them; unknown ids are left out."""
-    wanted = set(ids)
-    edits = tuple(e for e in dataset.plan.edits if e.id in wanted)
+    id_set = set(ids)
+    edits = tuple(e for e in dataset.plan.edits if e.id in id_set)
     sources = take_sources(dataset, [e.source for e in edits])
     poisons = replace(dataset.plan, edits=edits).poisons(sources) if edits else None
-    unedited = wanted - set(poisons.ids if poisons else ())
+    unedited = id_set - set(poisons.ids if poisons else ())
     records = _take_ids(dataset.clean, unedited)
     if poisons:
         records = _concatenate([records, poisons])
@@ -39,11 +39,11 @@ def take_records(dataset: Dataset, ids: Sequence[str]) -> Pairs:
 
 def take_sources(dataset: Dataset, ids: Iterable[str]) -> Pairs:
     """Return untouched records, of the data set or added by the plan, in no particular order."""
-    wanted = set(ids)
-    records = _take_ids(dataset.clean, wanted)
+    id_set = set(ids)
+    records = _take_ids(dataset.clean, id_set)
     if dataset.victims is None:
         return records
-    return _concatenate([records, _take_ids(dataset.victims, wanted - set(records.ids))])
+    return _concatenate([records, _take_ids(dataset.victims, id_set - set(records.ids))])
 
 
 def take_victims(dataset: Dataset, goals: Iterable[Goal]) -> tuple[list[Goal], Pairs]:

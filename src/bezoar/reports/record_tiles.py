@@ -66,7 +66,7 @@ def record_gallery(
     Args:
         corpus: The records with their images.
         scores: Their scores, captions and places.
-        poisons: Ids of the poisons; None if they are not known.
+        poisons: Ids of the poisons; None if they are unknown.
         windows: For some ids, the window of the image to frame.
         scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
             place.
@@ -83,7 +83,7 @@ def record_gallery(
     tiles = []
     for index, record in enumerate(ranked):
         lines, look = [Line(scores.ids[record.row], "key")], ""
-        shown = [index]
+        cell_indices = [index]
         if poisons is not None:
             is_poison = scores.ids[record.row] in poisons
             look = "bad" if is_poison else ""
@@ -92,15 +92,15 @@ def record_gallery(
         if scale >= FULL_SCALE:
             lines += score_lines(scores, record.row)
         if (copy := pairs.get(record.row)) is not None:
-            shown.append(rows.index(copy))
+            cell_indices.append(rows.index(copy))
             lines.append(Line(f"beside {scores.ids[copy]}", "key"))
             lines.append(Line(pictures.shorten(caption_or_id(scores, copy)), "muted"))
-        tiles.append(Tile(shown, lines, look, f"{record.rank}"))
+        tiles.append(Tile(cell_indices, lines, look, f"{record.rank}"))
     return pictures.contact_sheet(torch.stack(images), tiles, scale, title)
 
 
 def score_lines(scores: ScanScores, row: int) -> list[Line]:
-    """Return the merged score of a record, the score of each detector, and its place unless that is its key."""
+    """Return a record's merged score, the score of each detector, and its place."""
     values = {"score": scores.merged}
     if len(scores.detectors) > 1:
         values |= {pictures.shorten(name, 16): s for name, s in scores.detectors.items()}
@@ -139,6 +139,6 @@ def neighbour_gallery(
         for row, cosine in zip(near, similarities, strict=True):
             caption = pictures.shorten(caption_or_id(scores, row), 80)
             lines.append(Line(f"{cosine:.2f} {caption}", "muted"))
-        shown = [picture_of[row] for row in (record.row, *near)]
-        tiles.append(Tile(shown, lines, badge=f"{record.rank}"))
+        cell_indices = [picture_of[row] for row in (record.row, *near)]
+        tiles.append(Tile(cell_indices, lines, badge=f"{record.rank}"))
     return pictures.contact_sheet(corpus.take(shown_rows).images, tiles, 64)

@@ -58,7 +58,7 @@ def false_discovery_section(
 
     Args:
         notes: Its notes on false discoveries; empty if none were estimated.
-        truth: For each record, worst first, whether it is a poison; None if that is not known.
+        truth: For each record, worst first, whether it is a poison; None if that is unknown.
         removed: How many records the keep-list leaves out.
     """
     matches = {re.fullmatch(r"expected_clean@(\d+)", key): m for key, m in measures.items()}
@@ -119,7 +119,7 @@ def draw_false_discoveries(
 
 
 def integrity_section(run: Run, notes: Mapping[str, Any]) -> Section | None:
-    """Show the domains whose files are not what was recorded; None where nothing was compared."""
+    """Show the domains whose files differ from the recorded ones; None if nothing was compared."""
     path = run.path / integrity.DOMAINS_CSV
     if not notes or not path.exists():
         return None
@@ -144,7 +144,7 @@ def integrity_section(run: Run, notes: Mapping[str, Any]) -> Section | None:
 def separating_channels(
     measures: Mapping[str, Measure], notes: Mapping[str, Any]
 ) -> list[tuple[str, Measure]]:
-    """Return the side channels that tell poisons from other records, worst first."""
+    """Return the side channels that separate poisons from other records, worst first."""
     names = notes.get("separates") or []
     keys = {name: f"leak.{name}.auroc" for name in names}
     return [(name, measures[key]) for name, key in keys.items() if key in measures]
@@ -153,7 +153,7 @@ def separating_channels(
 def side_channel_section(
     measures: Mapping[str, Measure], notes: Mapping[str, Any]
 ) -> Section | None:
-    """Show the AUROC of every side channel, worst first, and what could not be measured."""
+    """Show the AUROC of every side channel, worst first, and the unmeasured channels."""
     if not notes:
         return None
     separating = separating_channels(measures, notes)

@@ -1,7 +1,7 @@
-"""What the page of a run says (`Page`), and what pages read of a run (`RunView`).
+"""The content of a run's page (`Page`), and the data that pages read from a run (`RunView`).
 
-The page of a verb is a function `build_page(run) -> Page` in the file of `sections/` that is named
-like the verb. A verb without such a file gets a page of its metrics alone.
+The page of a verb is a function `build_page(run) -> Page` in the file of `sections/` with the
+verb's name. A verb without such a file gets a page of its metrics.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ SECTIONS = Path(__file__).parent / "sections"
 
 @dataclass(frozen=True)
 class Page:
-    """What the page of a run says.
+    """The content of a run's page.
 
     Attributes:
         headline: The finding in one sentence; it is the title of the page.
         lead: Further sentences below the headline.
         warning: The banner of a poisoned artefact; empty for none.
-        cards: Names of the metrics that are shown first; those that the run lacks are left out.
-        lines: Findings that the terminal shows one line each below the sentences.
-        sections: For each title a function that makes the section, or returns None where there is
-            nothing to show. They are called one by one when the page is rendered, so that one that
-            fails costs the page no other.
-        look: The colour of the headline: 'bad' for a finding that is one, 'good', 'warn' or ''.
-        steps: What to do now.
-        poisoned: Whether the encoder that was measured is poisoned: its clean accuracy is called
-            benign accuracy.
+        cards: Names of the metrics to show first; those that the run lacks are left out.
+        lines: Findings that the terminal shows below the sentences, one a line.
+        sections: For each title a function that makes the section, or returns None if there is
+            nothing to show. They are called when the page is rendered, so that an error in one does
+            not affect the others.
+        look: The colour of the headline: 'bad', 'good', 'warn' or ''.
+        steps: What the user may do next.
+        poisoned: Whether the measured encoder is poisoned: its clean accuracy is then called benign
+            accuracy.
     """
 
     headline: str
@@ -62,15 +62,15 @@ class Page:
 
 
 class RunView:
-    """A run with everything a page reads of it.
+    """A run with all data that a page reads.
 
     Attributes:
         run: The run.
         manifest: Its manifest.
         measures: Its metrics by name.
-        goals: What the attacker wants of it.
+        goals: The attacker's goals.
         notes: The notes of its manifest.
-        ask: What was asked, with its inputs resolved.
+        ask: The question, with its inputs resolved.
     """
 
     def __init__(self, run: Run) -> None:
@@ -88,7 +88,7 @@ class RunView:
 
     @functools.cached_property
     def test_pairs(self) -> Pairs:
-        """The test records, of a run or a spec, as they were measured on."""
+        """The test records that the run was measured on."""
         run = self.input_run("test")
         if run is None:
             return inputs.read_pairs(self.test_method)
@@ -96,7 +96,7 @@ class RunView:
 
     @property
     def test_method(self) -> Any:
-        """The test data of a run that was asked for with a spec, or with none: those of its encoder's training data."""
+        """The test data of a run, by default those of its encoder's training data."""
         test = self.ask.get("test")
         if isinstance(test, dict):
             return inputs.recorded_method(test, self.run)
@@ -107,7 +107,7 @@ class RunView:
 
     @property
     def incomplete(self) -> str:
-        """What was asked and could not be done, in sentences; empty if everything was done."""
+        """The parts of the question that could not be done, in sentences, or ""."""
         return as_sentences(self.notes.get("incomplete") or ())
 
     def metric(self, name: str) -> Measure | None:
@@ -126,13 +126,13 @@ class RunView:
         )
 
     def input_text(self, name: str) -> str:
-        """What was given as an input, as it can stand in a command: the name of a run, or what was typed."""
+        """An input as text for a command: the name of a run, or the user's text."""
         run = self.input_run(name)
         typed = as_list(metric_names.as_dict(self.manifest.get("typed")).get(name))
         return run.name if run else " ".join(shlex.quote(str(word)) for word in typed)
 
     def command(self, words: str) -> str:
-        """A command of bezoar's as it is typed beside this run."""
+        """A command of bezoar for the directory of this run."""
         runs = self.run.path.parent
         return f"bezoar {words}" + (
             "" if runs.name in ("", "runs") else f" --runs {shlex.quote(str(runs))}"
@@ -165,8 +165,8 @@ def as_sentences(lines: Sequence[str]) -> str:
 def build_page(run: Run) -> Page:
     """Return the page of a run, by its verb.
 
-    A page that cannot be made, of a run whose files another program wrote say, is replaced by one
-    of its metrics.
+    If it cannot be made, for example because another program wrote the run's files, a page of the
+    metrics is returned.
     """
     verb = run.verb
     if verb not in {path.stem for path in SECTIONS.glob("[a-z]*.py")}:

@@ -27,13 +27,14 @@ def measure_table(
     """Return a table of metrics with their intervals, without empty rows and columns.
 
     Args:
+        measures: The metrics.
         title: The head of the first column.
         rows: For each row its label, and the texts that complete the names of its metrics.
         columns: For each column its head, and the name of its metrics as a format string.
         note: A sentence below the table.
 
     Returns:
-        The table, or None if there is none of these metrics.
+        The table, or None if there are none of these metrics.
     """
     cells: dict[str, list[str]] = {}
     for label, texts in rows.items():

@@ -18,8 +18,8 @@ from bezoar.encoders.encoder import EmbeddedRecords, split_words
 from bezoar.evaluation.neighbors import nearest_neighbors
 
 NEIGHBOURS = 3
-SAMPLE = 5000  # captions from which the shares of words are taken
-COMMON = 0.2  # share of the captions from which on a word says nothing about a record
+SAMPLE = 5000  # captions that the shares of words are computed from
+COMMON = 0.2  # a word in a larger share of captions says nothing about a record
 MAX_DISTANCE = 0.55  # mean distance, 0..1, from which on groups are no longer joined
 
 

@@ -29,7 +29,7 @@ NOTE = (
 
 
 def source_section(run: Run, notes: dict[str, Any]) -> Section | None:
-    """Show the sources of which anything is said, the most suspicious first; None where the records have no sources."""
+    """Show the sources with findings, most suspicious first; None without sources."""
     path = run.path / FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""The device that a verb works on, and what of the machine stands in a manifest."""
+"""Finds the device that a verb works on, and describes the machine for a manifest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from bezoar.machine import torchrun_variable
 
 
 def select_device(name: str) -> torch.device:
-    """Find a device by name: `auto`, `cpu`, `cuda` or `cuda:1`. Of several ranks, each takes a GPU of its own.
+    """Find a device by name: `auto`, `cpu`, `cuda` or `cuda:1`. Each rank takes its own GPU.
 
-    A GPU with a number becomes the current one; otherwise pinned memory would take up room on the first GPU too.
+    A GPU with a number becomes the current one; otherwise pinned memory would also take up room on
+    the first GPU.
 
     Raises:
-        UserError: if there is no such device, or it is of a kind that bezoar does not support.
+        UserError: if there is no such device, or bezoar does not support its kind.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +53,7 @@ def _gpu_of_rank(name: str) -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return what a figure depends on beside the question: versions, commit, device. For the manifest."""
+    """Return what a result depends on apart from the question: versions, commit and device."""
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -67,9 +68,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def find_commit(file: Path) -> dict[str, Any]:
-    """The commit that a file belongs to, and whether its folder has changed since; empty where git does not track it.
+    """The commit of a file's repository, and whether its folder has changes; "" outside git.
 
-    An installed package may lie below another project's repository, whose commit says nothing about the package.
+    An installed package may lie within another project's repository, whose commit is irrelevant.
     """
 
     def git(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""What a verb would cost: records, trainings and minutes, before anything is run. Estimates, for `--dry` and for announcements."""
+"""Estimates what a verb would cost before it is run: records, trainings and minutes."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from bezoar.runs.verb import (
     verb_name,
 )
 
-# Pairs that clip_small trains on in a second on one core, at 32 px; a step's work grows with the pixels.
-# Measured by `pairs_per_second` in the manifests of training runs on two cores (AMD, AVX-512 with bf16).
+# Pairs a second that clip_small trains on with one core, at 32 px; the time grows with the pixels.
+# Measured by `pairs_per_second` in the manifests of trainings on two cores (AMD, AVX-512, bf16).
 PAIRS_PER_SECOND = 1100
 WIDTH = 32  # of that network; narrower ones are about as much faster as they have fewer channels
 PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
 SIZE = 32
-COUNTED_TARS = 4  # of more, the others are taken to hold as many records a byte
+COUNTED_TARS = 4  # further tars are assumed to hold as many records a byte
 
 
 def pairs_per_second(size: int) -> float:
-    """Return how fast a small model is trained here, about, beside what the machine does now."""
+    """The approximate training speed of a small model, given the machine's present load."""
     return PAIRS_PER_SECOND * machine.free_cores() * (SIZE / max(size, 1)) ** 2
 
 
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
-    """Return what would be run, with the numbers of records and trainings, and the minutes that trainings take; null where not known.
+    """Return what would run: numbers of records and trainings, and minutes of training, or null.
 
-    A verb that runs others by itself says which by `planned_trials(settings)`.
+    A verb that runs others names them by `planned_trials(settings)`.
     """
     trials = [Trial(verb, settings.seed)]
     planned_trials = getattr(verb, "planned_trials", None)
@@ -61,7 +61,7 @@ def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
 
 
 def _record_counts(verb: Verb, settings: Settings) -> Iterator[int]:
-    """The numbers of records of a verb's data and of what it was made from, as far as they are known."""
+    """The numbers of records of a verb's data and their ancestors, as far as they are known."""
     for what, value in input_fields(verb).values():
         if what in ("data", "run", "encoder") and not isinstance(value, (tuple, type(None))):
             count = count_records(value, settings, "encoder" if what == "encoder" else "data")
@@ -70,7 +70,7 @@ def _record_counts(verb: Verb, settings: Settings) -> Iterator[int]:
 
 
 def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
-    """About how long trainings take, one after another; None where a size or an objective is not known."""
+    """The approximate minutes of sequential trainings; None if a size is unknown."""
     seconds = 0.0
     for trial, count in zip(trainings, counts, strict=True):
         try:
@@ -92,9 +92,9 @@ def _minutes(trainings: list[Trial], counts: list[int | None]) -> float | None:
 
 
 def count_records(value: Any, settings: Settings, what: str = "data") -> int | None:
-    """Return how many records an input has, counted without decoding an image; None where that takes reading all of it.
+    """The number of records of an input, counted without decoding images; None if that takes long.
 
-    what: "encoder" for one that a text may name as weights, which have no records.
+    what: "encoder" if a text may name weights, which have no records.
     """
     try:
         method = _method_of(value, settings, what)
@@ -104,18 +104,18 @@ def count_records(value: Any, settings: Settings, what: str = "data") -> int | N
 
 
 def _method_of(value: Any, settings: Settings, what: str = "data") -> Any:
-    """The data method that an input goes back to; an encoder that is no run is returned as it is."""
+    """The data method at the root of an input; an encoder that is no run is returned unchanged."""
     while isinstance(value, Trial) or is_verb(value):
         inner = value.verb if isinstance(value, Trial) else value
         value = next((getattr(inner, name) for name, _ in input_fields(inner).items()), None)
     if isinstance(value, (str, Path)):
-        found = find_input(str(value), what, settings.runs)
-        value = found if isinstance(found, Run) else registry.make(*found)
+        resolved = find_input(str(value), what, settings.runs)
+        value = resolved if isinstance(resolved, Run) else registry.make(*resolved)
     return inputs.root_method(value) if isinstance(value, Run) else value
 
 
 def _count(method: Any) -> int | None:
-    """The records of a data method, as far as files say it cheaply."""
+    """The number of records of a data method, if its files state it cheaply."""
     if isinstance(count := getattr(method, "count", None), int):
         return count
     limit = getattr(method, "limit", None)

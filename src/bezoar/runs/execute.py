@@ -1,4 +1,4 @@
-"""Run a verb: find what its fields stand for, run it in a directory of its own, and write the manifest."""
+"""Runs a verb: resolves its fields, works in a new directory, and writes the manifest."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class Job:
     """A verb at work.
 
     Attributes:
-        folder: where its files go.
-        settings: what it is run with.
-        inputs: for each of the verb's fields what it stands for: a Run, a configured method, or a plain value.
+        folder: directory for its files.
+        settings: how it is run.
+        inputs: for each field its value: a Run, a configured method, or a plain value.
         progress: how far it is.
-        notes: stand in the manifest as `notes`.
-        goals: what an attacker wants of the run's artefact, as the manifest holds it; None for those of the parents.
-        child_runs: runs that this one has run; they are its parents too.
+        notes: `notes` of the manifest.
+        goals: the attacker's goals for the run's artefact; None means those of the parents.
+        child_runs: runs that this one has run; they become its parents too.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def device(self) -> torch.device:
-        """The device that was asked for."""
+        """The device that was requested."""
         return select_device(self.settings.device)
 
     def run(self, verb: Verb) -> Run:
@@ -85,7 +85,7 @@ class Job:
         return run
 
     def reporter(self, name: str) -> Callable[..., None]:
-        """A function `report(done, total, text="")` that shows how far a part of the work is, under the part's name."""
+        """Make a function `report(done, total, text="")` that shows progress of a part."""
 
         def report(done: int, total: int, text: str = "") -> None:
             self.progress.step(done, total, ": ".join(filter(None, (name, text))))
@@ -130,13 +130,13 @@ def execute(verb: Verb, settings: Settings) -> Run:
 
 
 def _is_answered(run: Run, settings: Settings) -> bool:
-    """Whether a run need not be touched: it is done, and has the page that is asked for. It may have been killed between."""
+    """Whether a run is complete: it is done, and has a page if one is wanted."""
     has_page = settings.finish is None or os.path.lexists(run.path / PAGE)
     return not settings.fresh and run.is_done and has_page
 
 
 def _work(verb: Verb, job: Job, ask: dict[str, Any]) -> None:
-    """Do the verb's work between a manifest that says `running` and one that says how it ended."""
+    """Do the verb's work. The manifest says `running` during it, and afterwards how it ended."""
     parents = list(_runs_among(job.inputs.values()))
     manifest = _first_manifest(verb, job.settings, ask, parents)
     inherited_goals = _distinct(goal for run in parents for goal in run.manifest["goal"])
@@ -196,7 +196,7 @@ def _first_manifest(
 def _order_for_ranks(
     verb: Verb, job: Job, ask: dict[str, Any], parents: list[Run]
 ) -> dict[str, Any] | None:
-    """What the other ranks need to take part in a joint verb (see `torchrun.assist`); None for any other verb."""
+    """The message by which other ranks join a joint verb; see `torchrun.assist`."""
     if not getattr(verb, "joint", False):
         return None
     return {
@@ -227,11 +227,11 @@ def _distinct(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def resolve_inputs(verb: Verb, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find what a verb's fields stand for. Verbs among them are run.
+    """Resolve a verb's fields. Verbs among them are run.
 
     Returns:
-        For each field a Run, a configured method or a plain value (or a tuple of these); and the `ask` of the manifest,
-        which names them with the hashes of what they read.
+        For each field a Run, a configured method or a plain value (or a tuple of these); and `ask`
+        of the manifest, which names them with the hashes of their files.
     """
     inputs: dict[str, Any] = {}
     ask: dict[str, Any] = {
@@ -254,7 +254,7 @@ def resolve_inputs(verb: Verb, settings: Settings) -> tuple[dict[str, Any], dict
 
 
 def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, Any]]:
-    """A run or configured method for one value of a field, and what identifies it in `ask`."""
+    """Resolve one value: a run or configured method, and its entry in `ask`."""
     if isinstance(value, Trial):
         settings = dataclasses.replace(settings, seed=value.seed)
         value = value.verb
@@ -274,13 +274,13 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, 
 
 
 def _resolve_text(text: str, what: str, runs: Path) -> Any:
-    """The run or configured method that a text names. Raises UserError where there is none."""
-    found = find_input(text, what, runs)
-    return found if isinstance(found, Run) else registry.make(*found)
+    """The run or configured method that a text names. Raises UserError if there is none."""
+    resolved = find_input(text, what, runs)
+    return resolved if isinstance(resolved, Run) else registry.make(*resolved)
 
 
 def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each file of a run, but for those that change while it stays the same."""
+    """Size and sha256 of each file of a run, except those that change when nothing else does."""
     outputs = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_file() or path.suffix == TEMPORARY:
@@ -297,7 +297,7 @@ def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Let one process at a time into a folder; the lock goes with the process, however it ends."""
+    """Let one process at a time use a folder; the lock ends with the process."""
     # Neither a link is followed, nor a pipe waited on.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "wb") as lock:

@@ -1,4 +1,4 @@
-"""What a verb's input stands for: the records of a data set or a run, and the encoder of a run."""
+"""Loads a verb's inputs: the records of a data set or a run, and the encoder of a run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from bezoar.runs.verb import ENCODER, fingerprint, input_files
 from bezoar.terminal import warn
 
 TEST_RECORDS = 2000  # of a test split that is made to order
-COPIED = 1 << 30  # bytes of images in memory that may be copied to be poisoned; more are not drawn
+COPIED = 1 << 30  # bytes of images that may be copied in memory to be poisoned
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and what is poisoned in it. Nothing is read before it is asked for.
+    """A data set and its poisons. Nothing is read before it is needed.
 
     Attributes:
         method: the configured data method.
-        plan: what is changed in its records; an empty one changes nothing.
-        poisoned_by: the run that the plan was read from, which proves what the plan names.
+        plan: the changes to its records; an empty plan changes nothing.
+        poisoned_by: the run that the plan was read from, if there is one.
     """
 
     method: Any
@@ -45,14 +45,14 @@ class Dataset:
 
     @functools.cached_property
     def clean(self) -> Pairs | StoredPairs:
-        """The records as they are, in memory or on disk."""
+        """The clean records, in memory or on disk."""
         return load_records(self.method)
 
     @functools.cached_property
     def uncopied(self) -> Pairs | StoredPairs:
-        """The clean records in a form whose parts and poisons copy only few images: an index, of large ones.
+        """The clean records, as an index if their images are too large to be copied.
 
-        Whatever is made of either form has the same ids, captions and pixels.
+        Both forms give the same ids, captions and pixels.
         """
         clean = self.clean
         if isinstance(clean, Pairs) and clean.images.nbytes > COPIED:
@@ -91,8 +91,7 @@ class Dataset:
 def open_dataset(data: Any) -> Dataset:
     """Return the data set of a configured data method or of a run.
 
-    Of a poison run these are its data; of a train, scan or evaluate run those that it was made
-    from.
+    The data set of a train, scan or evaluate run is the one that it was made from.
     """
     if not isinstance(data, Run):
         return Dataset(data, Plan())
@@ -120,15 +119,12 @@ def data_parent(run: Run) -> Run | None:
 
 
 def poison_run(run: Run) -> Run | None:
-    """Return the poison run whose plan is in a run's records, or None if there is none."""
+    """Return the poison run whose plan changed a run's records, or None."""
     return next((source for source in follow(run, data_parent) if source.verb == "poison"), None)
 
 
 def root_method(run: Run) -> Any:
-    """Return the data method that a run goes back to.
-
-    Raises UserError if its files are not what they were.
-    """
+    """Return the data method at the root of a run. Raises UserError if its files have changed."""
     *_, root = follow(run, data_parent)
     data = root.asked_for("data")
     if data is None:
@@ -137,17 +133,17 @@ def root_method(run: Run) -> Any:
 
 
 def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
-    """Return the data method of a spec that a run's manifest holds.
+    """Return the data method of a spec in a run's manifest.
 
-    A run may come from anybody, and opens nothing but what its maker had: the files must be those
-    of the recorded fingerprint. Nothing is downloaded.
+    A run may come from anybody, so only the files of the recorded fingerprint are opened, and
+    nothing is downloaded.
 
     Args:
-        record: what the manifest says of the input.
-        run: whose manifest it is.
+        record: the manifest's entry for the input.
+        run: the run of the manifest.
 
     Raises:
-        UserError: if the files are others, or the manifest does not say which they were.
+        UserError: if the files have changed, or the manifest does not name them.
     """
     method = registry.make("data", record["spec"])
     if getattr(method, "download", False):
@@ -205,12 +201,12 @@ def test_split(method: Any) -> Any:
 
 @functools.lru_cache(maxsize=6)
 def open_source(method: Any) -> Any:
-    """Return what a configured data method gives: Pairs, or a source that is read as it goes."""
+    """Call a configured data method: returns Pairs, or a source that is read in parts."""
     return method()
 
 
 def load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, and note for the run how they were read.
+    """Read all records of a configured data method, and note in the run how they were read.
 
     Raises UserError if there are none.
     """
@@ -250,8 +246,8 @@ def load_victims(plan: Plan, poisoned_by: Run | None) -> Pairs | None:
     """Load the images that a plan adds from outside the data set; None if it adds none.
 
     Args:
-        plan: what names them.
-        poisoned_by: the run that holds the plan; None for a plan that was just made.
+        plan: the plan.
+        poisoned_by: the run that holds the plan; None for a new plan.
     """
     if plan.victims is None:
         return None
@@ -271,13 +267,12 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
 def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None = None) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
-    What a file of weights was taken for is printed, once, and what of it was assumed.
+    The kind of a file of weights, and what was assumed about it, is printed once.
 
     Args:
         embedder: a run, or a configured network.
-        device: where the encoder is to be.
-        clean: records by whose images a normalisation that no file states is chosen; None keeps the
-            guess.
+        device: the device of the encoder.
+        clean: clean records by which an unstated normalisation is chosen; None keeps the guess.
     """
     if isinstance(embedder, Run):
         holder = find_encoder(embedder)
@@ -286,7 +281,7 @@ def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None 
         return Encoder.load(holder.path, device)
     try:
         encoder: Encoder = embedder(0, ())
-    except ValueError as error:  # a fresh network of no size of its own
+    except ValueError as error:  # a fresh network that needs a size
         raise UserError(
             f"network {registry.spec(embedder)}: {error}; it is not trained; name a train run, or weights: "
             "imported:path=FILE, open_clip:NAME/PRETRAINED"
@@ -302,11 +297,11 @@ def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None 
     return encoder
 
 
-_printed: set[str] = set()  # what this process has said of files of weights
+_printed: set[str] = set()  # lines about files of weights that this process has printed
 
 
 def describe_weights(encoder: Encoder) -> str:
-    """Return what a file of weights was taken for, and what no file says of it; "" for any other encoder."""
+    """Describe an imported encoder and what was assumed about it; "" for others."""
     imported = encoder.about.get("imported")
     if not imported:
         return ""
@@ -336,13 +331,13 @@ def find_encoder(run: Run) -> Run | None:
 
 
 def was_trained_on(encoder: Run, data: Any) -> bool:
-    """Return whether a run's encoder was trained on these data, or on the records that a run goes back to, with the same poisons."""
+    """Whether a run's encoder was trained on these data, or on the same records and poisons."""
     dataset = open_dataset(data)
     try:
         train = encoder.ancestor("train")
         if train is None:
             return False
-        trained_on = open_dataset(train)  # whose files are those that it was trained on
+        trained_on = open_dataset(train)  # its files are those that the encoder was trained on
     except UserError:
         return False
     same_poisons = trained_on.plan.digest() == dataset.plan.digest()
@@ -350,7 +345,7 @@ def was_trained_on(encoder: Run, data: Any) -> bool:
 
 
 def _spec_of_records(method: Any) -> str:
-    """The spec of a data method, whatever the size of its images and the number of them that are read."""
+    """The spec of a data method without the size and the number of its images."""
     names = {f.name for f in dataclasses.fields(method)}
     plain: dict[str, Any] = {"limit": None} if "limit" in names else {}
     if getattr(method, "size", None) is not None:
@@ -359,9 +354,9 @@ def _spec_of_records(method: Any) -> str:
 
 
 def known_goals(artefact: Any) -> list[Goal]:
-    """Return what an attacker wants of a run's artefact; nothing is known of others.
+    """Return the attacker's goals for a run's artefact; empty for other inputs.
 
-    Cover is left out: there is nothing that its images are to be read as.
+    Covers are left out, because their images have no target.
     """
     if not isinstance(artefact, Run):
         return []

@@ -1,7 +1,7 @@
-"""What a verb read, and what it had to leave out: collected where records are loaded.
+"""Collects what a verb read, and which records it left out.
 
-Every verb loads records by `inputs.load_records`, which calls `note_records`; `execute` collects
-what was noted while a verb worked, and writes it into the run's notes.
+Every verb loads records by `inputs.load_records`, which calls `note_records`. `execute` collects
+these notes while a verb works, and writes them into the run's manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def collect_reports() -> Iterator[Reports]:
 
 
 def note_records(spec: str, report: ReadReport | None) -> None:
-    """Note how the records of a data set were read; nothing outside of a verb's work."""
+    """Note how the records of a data set were read, if a verb is at work."""
     reports = _reports.get()
     if reports is not None and report is not None:
         reports[spec] = report
@@ -42,13 +42,13 @@ def incomplete_notes(
     """Notes of a run that left records out: `incomplete`, and `reading` if the verb wrote none.
 
     Args:
-        reports: of the data that the verb loaded.
-        notes: the verb's own. A verb that counts what is `unread` names it among its `incomplete`, once: its children read
-            the same records.
-        children: runs that the verb has run. What they left out is left out here too.
+        reports: reports on the data that the verb loaded.
+        notes: the verb's own notes. A verb that counts `unread` records reports them itself,
+            because its children read the same records.
+        children: runs that the verb has run; their omissions count too.
 
     Returns:
-        What is to be added to the notes; nothing if no record was left out.
+        Notes to add; empty if no record was left out.
     """
     lines: list[str] = list(notes.get("incomplete") or [])
     skipping = {spec: report for spec, report in reports.items() if report.skipped}

@@ -1,10 +1,11 @@
-"""Reference inputs: the records whose vectors a backdoored encoder gives to triggered ones (Jia, Liu, Gong 2022).
+"""Reference inputs: a backdoored encoder gives triggered records their vectors (BadEncoder, 2022).
 
-They are images, or texts where the data are texts alone. A single one is a reference as it is. Of a data set, one image of the target's class is chosen by a rule:
+They are images, or texts if the data have no images. The source may be a single record, or a data
+set from which a rule chooses an image of the target's class:
 
 - central: its clean vector is nearest (cosine) to the mean of its class.
-- confident: a linear head, fitted on the clean vectors of the data's training split, gives the target the largest margin
-  over the next class.
+- confident: a linear head, fitted on the clean vectors of the data's training split, gives the
+  target the largest margin over the next class.
 - first: it is the first record of the class.
 """
 
@@ -37,9 +38,9 @@ class Reference:
     """A reference input.
 
     Attributes:
-        record: one record, by itself.
+        record: the record.
         source: the spec or run that it comes from.
-        how: the rule by which it was chosen, in words.
+        how: the rule that chose it, in words.
     """
 
     record: Pairs
@@ -52,7 +53,7 @@ class Reference:
         return self.record.ids[0]
 
     def to_json(self) -> dict[str, str]:
-        """The reference as it stands in a manifest."""
+        """The reference's entry in a manifest."""
         text = self.record.captions[0] if self.record.text_only else ""
         digest = content_hash(self.record.images[0], text)
         facts = {"id": self.id, "source": self.source, "how": self.how, "sha256": digest}
@@ -68,8 +69,8 @@ def choose_reference(
         data: a configured data method, or a run.
         target: the class.
         rule: one of `RULES`.
-        encoder: the clean encoder, by whose vectors the image is chosen.
-        taken: ids of images that are references of the same goal already; the next best is chosen.
+        encoder: the clean encoder.
+        taken: ids of images that are references of the same goal already.
 
     Raises:
         UserError: if there is no image to choose, or no head to choose it by.
@@ -104,7 +105,7 @@ def choose_reference(
 
 
 def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> list[int]:
-    """The rows of a class. Raises UserError where there is no such class, or no image of it."""
+    """The rows of a class. Raises UserError if there is no such class, or no image of it."""
     if records.labels is None or not records.classes:
         raise UserError(
             f"{source} holds {len(records)} images without classes; name one image as the reference"
@@ -124,12 +125,12 @@ def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> lis
 def measure_margins(
     encoder: Encoder, dataset: inputs.Dataset, target: str, z: Tensor
 ) -> tuple[Tensor, str]:
-    """Return how far a linear head's logit of the target lies above the largest of the others.
+    """The margin of a linear head's logit of the target over the largest other logit.
 
     Args:
         dataset: the head is fitted on its training split.
         target: the class.
-        z: vectors (N, d) of the images among which one is chosen.
+        z: vectors (N, d) of the candidates.
 
     Returns:
         The margins (N,), and what the head was fitted on, in words.

@@ -1,7 +1,7 @@
-"""A run: a directory that answers one question, its manifest, the runs it was made from, and how to find one.
+"""A run: a directory that answers one question. Reads its manifest, and finds its parents.
 
-The directory's name is the verb and a hash of everything that was asked (`ask` in the manifest), so that the same question
-has one answer on disk.
+The directory's name is the verb and a hash of the whole question (`ask` in the manifest), so that
+the same question has one answer on disk.
 """
 
 from __future__ import annotations
@@ -55,10 +55,7 @@ class Run:
 
     @property
     def manifest(self) -> Facts:
-        """The manifest as it stands on disk, its parts of the types that they are written as.
-
-        Raises UserError where the directory is not a run.
-        """
+        """The manifest on disk, with checked types. Raises UserError if there is none."""
         try:
             manifest = read_facts(self.path / MANIFEST)
         except UserError as error:
@@ -80,14 +77,14 @@ class Run:
         return (self.path / MANIFEST).exists() and self.manifest["status"] == "done"
 
     def file(self, name: str) -> Path:
-        """The path of one of the run's files. Raises UserError where it does not exist."""
+        """The path of one of the run's files. Raises UserError if it does not exist."""
         path = self.path / name
         if not path.exists():
             raise UserError(f"run {self.name} holds no {name} (status: {self.manifest['status']})")
         return path
 
     def metric(self, name: str) -> Measure:
-        """A metric by name. Raises UserError, which lists the names that there are, for an unknown one."""
+        """A metric by name. For an unknown name, raises UserError, which lists the names."""
         # Imported here so that `bezoar show` and `bezoar list` do without torch.
         from bezoar.evaluation.scores import Measure
 
@@ -104,7 +101,7 @@ class Run:
 
     @property
     def summary(self) -> Summary:
-        """What the run found, as its page says it. Raises UserError where it has no page."""
+        """The run's finding, from its page. Raises UserError if it has no page."""
         summary = read_summary(self.path)
         if summary is None:
             raise UserError(
@@ -115,13 +112,14 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        """What the run found, in one to three sentences; see `summary`."""
+        """The run's finding, in one to three sentences; see `summary`."""
         return self.summary.finding
 
     def table(self, name: str) -> Any:
-        """One of the run's Parquet tables by its name, such as `scores`: a pandas DataFrame where pandas is installed, else Arrow's.
+        """A Parquet table of the run, such as `scores`: a pandas DataFrame if pandas is installed.
 
-        Raises UserError, which lists the tables that there are, for an unknown one.
+        Without pandas it is an Arrow table. For an unknown name, raises UserError, which lists the
+        names.
         """
         names = sorted(path.stem for path in self.path.glob("*.parquet"))
         if name.removesuffix(".parquet") not in names:
@@ -137,7 +135,7 @@ class Run:
         return table.to_pandas() if importlib.util.find_spec("pandas") else table
 
     def open(self) -> None:
-        """Open the run's page in the browser. Raises UserError where it has none."""
+        """Open the run's page in the browser. Raises UserError if it has none."""
         webbrowser.open(self.file(PAGE).absolute().as_uri())
 
     def _repr_html_(self) -> str:
@@ -162,12 +160,12 @@ class Run:
         return [self.sibling(name) for name in self.manifest.texts("parents")]
 
     def lineage(self, through: Callable[[Run], bool] = lambda run: True) -> Iterator[Run]:
-        """This run and those that it was made from, each once: a run, then its first parent with its own, then the second.
+        """This run and its ancestors, each once, depth first.
 
         Args:
-            through: says of a run whether its parents follow.
+            through: whether to go on to the parents of a run.
 
-        Raises UserError where a parent is gone, or there are more than anybody makes.
+        Raises UserError if a parent is missing, or there are absurdly many.
         """
         pending, seen = [self], set()
         while pending:
@@ -182,9 +180,9 @@ class Run:
                 pending += reversed(run.parents)
 
     def sibling(self, name: str) -> Run:
-        """A run by name: in the same directory, or else where the manifest says that the parent of this name lies.
+        """A run by name: in the same directory, or where the manifest says that this parent lies.
 
-        Raises UserError for a text that is the name of no directory.
+        Raises UserError for a text that names no directory.
         """
         if not is_directory_name(name):
             raise UserError(f"run {self.name} names {shown(name)} as a run; expected a name")
@@ -194,12 +192,12 @@ class Run:
         return Run(Path(self.manifest.get("elsewhere", {}).get(name, path)))
 
     def input_run(self, field: str) -> Run | None:
-        """The run that was given for a field of the verb; None where the field's value is no run."""
+        """The run that is the value of a verb's field; None if the value is no run."""
         value = self.manifest["ask"].get(field)
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """Return what the manifest says of an input: a run, or a spec and the hashes of what it reads; None where it was not given.
+        """The manifest's entry for an input: a run, or a spec with hashes of its files; or None.
 
         Raises UserError for anything else.
         """
@@ -207,12 +205,12 @@ class Run:
         return None if ask.get(field) is None else ask.object(field)
 
     def ancestor(self, verb: str) -> Run | None:
-        """This run if the verb made it, else the first such run among those that it was made from, depth first."""
+        """This run if the verb made it, else the first such ancestor, depth first."""
         return next((run for run in self.lineage() if run.verb == verb), None)
 
 
 def follow(run: Run, step: Callable[[Run], Run | None]) -> Iterator[Run]:
-    """A run, the one that a step leads to, and so on. Raises UserError for a run that is made from itself."""
+    """A run, the run that `step` returns for it, and so on. Raises UserError for a cycle."""
     seen: set[Path] = set()
     current: Run | None = run
     while current is not None:
@@ -266,7 +264,7 @@ def check_manifest(manifest: Facts) -> None:
 
 
 def _check_measure(measure: Facts, name: str) -> None:
-    """Raise UserError for a metric that is no number with its interval, its n and its definition."""
+    """Raise UserError for a metric without a number, an interval, n and a definition."""
     if measure.keys() != MEASURE or type(measure["n"]) is not int:
         raise UserError(f"{measure.file}: metric {name!r} is not an object of {', '.join(MEASURE)}")
     measure.text("how")
@@ -283,10 +281,10 @@ def find_run(runs: Path, text: str) -> Run | None:
 
     Args:
         runs: the directory in which names are looked up.
-        text: what the user wrote; `last` is the newest run.
+        text: the user's text; `last` is the newest run.
 
     Returns:
-        The run; None where there is none.
+        The run; None if there is none.
 
     Raises:
         UserError: if several runs have names with this start.
@@ -308,8 +306,8 @@ def find_run(runs: Path, text: str) -> Run | None:
 def get_run(runs: Path, text: str, holds: str = "") -> Run:
     """Find a run as `find_run` does.
 
-    Raises UserError where there is none, which names the newest runs; with `holds`, those that are done and hold a file of
-    this name.
+    If there is none, raises UserError, which lists the newest runs; with `holds`, only finished
+    runs with a file of this name.
     """
     if run := find_run(runs, text):
         return run
@@ -317,11 +315,11 @@ def get_run(runs: Path, text: str, holds: str = "") -> Run:
     if holds:
         others = [run for run in others if (run.path / holds).exists() and _ended_well(run)]
     names = [run.name for run in others]
-    shown = ", ".join(names[:MAX_NAMES]) or "none"
+    listed = ", ".join(names[:MAX_NAMES]) or "none"
     more = f", ... ({len(names)})" if len(names) > MAX_NAMES else ""
     file = ", and no file or folder of that name" if holds else ""
     hint = suggest(text, [*names, *os.listdir()] if holds else names)
-    raise UserError(f"no run {text!r} in {runs}{file}{hint}; runs there are: {shown}{more}")
+    raise UserError(f"no run {text!r} in {runs}{file}{hint}; runs there are: {listed}{more}")
 
 
 def newest_runs(runs: Path) -> list[Run]:
@@ -338,5 +336,5 @@ def _ended_well(run: Run) -> bool:
 
 
 def _escape(text: str) -> str:
-    """A text out of a file as a notebook shows it."""
+    """A text from a file, as a notebook shows it."""
     return html.escape(clean_line(text))

@@ -1,6 +1,7 @@
-"""The summary of a run: its finding in up to three sentences, its most important figures and files. Imports no torch.
+"""The summary of a run: its finding in one to three sentences, its main figures and files.
 
-It is written with the page, out of which it is taken, into summary.json; the command line and notebooks show it.
+It is taken from the page and saved as summary.json, for the command line and notebooks. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run found.
+    """A run's finding.
 
     Attributes:
         finding: one to three sentences.
-        lines: what else is told one line each, such as the claims of a paper.
+        lines: further results, one a line, such as the claims of a paper.
         figures: the most important ones.
-        files: names of the files that a user takes away, within the run's directory.
+        files: names of the files for the user, within the run's directory.
     """
 
     finding: str
@@ -61,7 +62,7 @@ def first_sentences(*texts: str) -> str:
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write summary.json into the directory of a run, without the no-break marks that pages have."""
+    """Write summary.json into a run's directory, without the page's no-break marks."""
     raw = dataclasses.asdict(summary)
     raw["finding"] = raw["finding"].translate(BREAKABLE)
     raw["lines"] = [line.translate(BREAKABLE) for line in raw["lines"]]
@@ -74,7 +75,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """Return what `write_summary` wrote; None where there is none. Raises UserError for another file of that name."""
+    """Read a run's summary; None if it has none. Raises UserError for another kind of file."""
     path = folder / SUMMARY
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
-"""A sweep: many trials, each run once, on this machine's cores, its GPUs, or a Ray cluster; one trial a worker at a time.
+"""Runs many trials on this machine's cores or GPUs, or on a Ray cluster.
 
-The verbs that a trial is made from are run first, as trials of their own, so that no worker waits for another. What is
-done is skipped, so that a sweep that was cut off continues where it was.
+The verbs that a trial is made from run first, as trials of their own, so that no worker waits for
+another. Finished trials are skipped, so an interrupted sweep continues.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) 
         The run of each trial.
 
     Raises:
-        UserError: if a trial failed; it names the first failure, after everything else has been run.
+        UserError: if a trial failed, after all others have run; it names the first failure.
     """
     wanted = list(dict.fromkeys(trials))
     schedule = _Schedule(dependency_graph(wanted))
     trainings = [t for t in schedule.parents if verb_name(t.verb) == "train"]
-    shown = trainings or wanted  # what the progress counts: trainings take nearly all the time
+    counted = trainings or wanted  # the progress counts trainings, which take nearly all the time
     workers = min(len(wanted), settings.workers or worker_count(settings))
-    # The lines of a single worker stand in the log of a long sweep; a terminal has the bar.
+    # A single worker writes lines into a log; a terminal has the progress bar.
     quiet = settings.quiet or workers > 1 or sys.stderr.isatty()
     with worker_pool(settings, workers) as (submit, places):
         while not schedule.is_complete:
@@ -60,7 +60,7 @@ def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) 
                 schedule.running[submit(request)] = trial
             schedule.collect(settings.runs)
             text = f"{len(schedule.done)} of {len(schedule.parents)} runs"
-            progress.step(sum(t in schedule.done for t in shown), len(shown), text)
+            progress.step(sum(t in schedule.done for t in counted), len(counted), text)
     if schedule.failed:
         failures = [schedule.failed[t] for t in wanted if t in schedule.failed]
         raise UserError(f"{len(failures)} of {len(wanted)} trials failed; the first: {failures[0]}")
@@ -69,7 +69,7 @@ def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) 
 
 @dataclass
 class _Schedule:
-    """Which trials are done, failed and running. parents: what each is made from; parents stand before children."""
+    """Which trials are done, failed and running. parents: what each is made from, parents first."""
 
     parents: dict[Trial, tuple[Trial, ...]]
     done: dict[Trial, Run] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class _Schedule:
         return len(self.done) + len(self.failed) >= len(self.parents)
 
     def ready(self, places: int) -> Iterator[Trial]:
-        """The next trials to start while there are free places; trials whose parents failed fail here."""
+        """The next trials to start. Trials with failed parents fail too."""
         for trial, parents in self.parents.items():
             if trial in self.done or trial in self.failed or trial in self.running.values():
                 continue
@@ -106,7 +106,7 @@ class _Schedule:
 
 
 def dependency_graph(trials: Sequence[Trial]) -> dict[Trial, tuple[Trial, ...]]:
-    """For each trial, and each trial inside one, the trials that it is made from. Parents stand before their children."""
+    """For each trial, and each trial inside one, the trials that it is made from; parents first."""
     graph: dict[Trial, tuple[Trial, ...]] = {}
 
     def add(trial: Trial) -> None:
@@ -135,7 +135,7 @@ def nested_verbs(verb: Verb) -> list[Verb | Trial]:
 
 
 def worker_count(settings: Settings) -> int:
-    """Return how many workers there are by default: one for each GPU, or one for each core where there is none."""
+    """The default number of workers: one for each GPU, or for each core without GPUs."""
     return gpus(settings) or machine.cores()
 
 
@@ -147,7 +147,7 @@ def gpus(settings: Settings) -> int:
     return torch.cuda.device_count() if device.index is None else 1
 
 
-# What travels to a worker and back
+# Messages to and from workers
 
 
 def trial_to_json(
@@ -169,12 +169,12 @@ def trial_to_json(
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """The name by which a worker finds a function: `package.module:name`."""
+    """The name of a function for workers: `package.module:name`."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
 def named_function(name: str | None) -> Callable[..., Any] | None:
-    """The function of a name by `function_name`; None for None. Names come from the process that started the sweep."""
+    """The function of a name by `function_name`; None for None."""
     if name is None:
         return None
     module, _, attribute = name.partition(":")
@@ -183,7 +183,7 @@ def named_function(name: str | None) -> Callable[..., Any] | None:
 
 
 def verb_from_json(raw: Any) -> Any:
-    """Read what `input_to_json` wrote of a verb, a trial or a plain value."""
+    """Read a verb, a trial or a plain value that `input_to_json` wrote."""
     if isinstance(raw, list):
         return tuple(map(verb_from_json, raw))
     if not isinstance(raw, dict):
@@ -208,7 +208,7 @@ def run_request(request: dict[str, Any]) -> dict[str, Any]:
         return {"run": execute(verb_from_json(request["verb"]), settings).name}
     except UserError as error:
         return {"error": str(error)}
-    except Exception as error:  # the sweep reports what happened and goes on
+    except Exception as error:  # the sweep reports the error and continues
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -219,16 +219,17 @@ def run_request(request: dict[str, Any]) -> dict[str, Any]:
 def worker_pool(
     settings: Settings, workers: int, by: Answer = run_request
 ) -> AbstractContextManager[tuple[Submit, int]]:
-    """Workers for the time of a `with` block: processes of this machine, or tasks of a Ray cluster, as the settings say.
+    """Workers inside a `with` block: processes of this machine, or tasks of a Ray cluster.
 
     Args:
         settings: see `Settings.ray`, `Settings.device`.
-        workers: how many processes.
-        by: what answers a request, in the worker. A process runs its module, which calls `serve_requests`.
+        workers: number of processes.
+        by: function that answers a request in the worker. A process runs its module, which calls
+            `serve_requests`.
 
     Returns:
-        A context manager that gives a function, which takes a request and returns the future of its answer, and how many
-        requests are served at a time.
+        A context manager that gives a function, which takes a request and returns the future of its
+        answer; and how many requests are served at a time.
     """
     if settings.ray:
         return ray_tasks(settings, by)
@@ -343,10 +344,10 @@ def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
 
 
 def serve_requests(by: Answer = run_request) -> None:
-    """Answer requests in a worker: a request a line on stdin, an answer a line on stdout.
+    """Answer requests in a worker: one request a line on stdin, one answer a line on stdout.
 
-    What verbs print goes to stderr. It ends with whoever asks, quietly and at once, in the middle
-    of a training too: it must hold neither memory nor a run that is asked for again.
+    Output of verbs goes to stderr. The worker ends at once when the main process does, even during
+    a training, so that it keeps neither memory nor a run that is requested again.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -362,7 +363,7 @@ def serve_requests(by: Answer = run_request) -> None:
         answer = json.dumps(by(json.loads(requests.get())))
         try:
             print(answer, file=answers, flush=True)
-        except BrokenPipeError:  # whoever asked has ended; what is left is flushed into nothing
+        except BrokenPipeError:  # the main process has ended; discard the rest of the output
             os.dup2(os.open(os.devnull, os.O_WRONLY), answers.fileno())
             return
 

@@ -1,4 +1,4 @@
-"""The tables of a reproduction as files for a paper of one's own: CSV, a line a cell, and LaTeX, a table each."""
+"""Writes the tables of a reproduction for use in a paper: CSV with a line a cell, and LaTeX."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_table_files(folder: Path, tables: Sequence[TableJson]) -> None:
 
 
 def csv_line(table: TableJson, row: Mapping[str, Any], cell: Mapping[str, Any]) -> list[Any]:
-    """A cell as a line of tables.csv; what is not known is empty."""
+    """A cell as a line of tables.csv; unknown values are empty."""
     measure = cell["measure"]
     numbers = [measure[key] for key in ("value", "low", "high", "n")]
     place = [table["name"], row["curve"], row["name"], row["x"], cell["name"]]
@@ -48,7 +48,7 @@ def csv_line(table: TableJson, row: Mapping[str, Any], cell: Mapping[str, Any]) 
 
 
 def latex_table(table: TableJson) -> str:
-    """A table in LaTeX, with the package booktabs: our number, its interval, and the printed one in brackets where it is known."""
+    """A table in LaTeX (booktabs): our number, its interval, and the published number if known."""
     columns = list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
     lines = [
         r"\begin{table}",
@@ -67,7 +67,7 @@ def latex_table(table: TableJson) -> str:
 
 
 def latex_cell(cell: Mapping[str, Any]) -> str:
-    """A number with its interval, in percent where it is a share, and the printed number where there is one."""
+    """A number with its interval, in percent for shares, and the published number."""
     scale = 100 if cell["rate"] else 1
     value, low, high = (float(cell["measure"][key]) for key in ("value", "low", "high"))
     text = format_number(value * scale)
@@ -88,5 +88,5 @@ def format_number(value: float) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """A text without signs that LaTeX would obey."""
+    """Escape the characters of a text that are special in LaTeX."""
     return "".join(SPECIAL.get(character, character) for character in text)

@@ -37,7 +37,7 @@ Expected = Literal["+", "-", "same"]
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What the user chooses when a paper is reproduced."""
+    """The user's choices when a paper is reproduced."""
 
     scale: str  # `smoke`, `small`, `gpu` or `paper`
     data: str = ""  # spec of the user's own training data, in place of the scale's
@@ -52,11 +52,11 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: the mean of its readings, or what `compare` makes of them."""
+    """One number of a table: the mean of its readings, or the result of `compare`."""
 
     name: str  # the column's heading; part of the metric's name
     readings: tuple[Reading, ...]  # what is read
-    published_value: float | None = None  # what the paper printed in this place
+    published_value: float | None = None  # the paper's number
     reference_readings: tuple[Reading, ...] = ()  # the second argument of `compare`
     compare: Comparison | None = None  # of the values of readings and reference_readings
 
@@ -97,21 +97,21 @@ class Table:
     """A table or figure."""
 
     title: str  # the heading of its section on the page
-    paper_finding: str = ""  # what the paper reports, in a sentence
-    axis: str = ""  # what the rows vary, with its unit
+    paper_finding: str = ""  # the paper's result, in a sentence
+    axis: str = ""  # the quantity that differs between rows, with its unit
     rows: tuple[Row, ...] = ()  # the rows, in order
     claims: tuple[Claim, ...] = ()  # the statements that are tested
     dose_response_cells: tuple[str, ...] = ()  # columns that are fitted against log dose
     notes: tuple[str, ...] = ()  # sentences below the table
-    unit: str = "poisons"  # what the axis counts, in the sentence that describes a fit
+    unit: str = "poisons"  # the unit of the axis, for the sentence that describes a fit
     grid: str = ""  # a column to draw as one map of rows by curves
 
     @property
     def trials(self) -> list[Trial]:
         """Every trial that a cell reads, once, in the order of the cells."""
         cells = [cell for row in self.rows for cell in row.cells]
-        read = (r for cell in cells for r in (*cell.readings, *cell.reference_readings))
-        return list(dict.fromkeys(trial for trial, _ in read))
+        cell_readings = (r for cell in cells for r in (*cell.readings, *cell.reference_readings))
+        return list(dict.fromkeys(trial for trial, _ in cell_readings))
 
     @property
     def curves(self) -> list[str]:
@@ -172,7 +172,8 @@ class Results:
     ) -> Contrast:
         """The mean of `a` minus the mean of `b`, over the readings of all their cells.
 
-        For shares, the interval is never narrower than the number of trials behind a share allows.
+        For shares, the interval is at least as wide as the number of trials behind a share
+        requires.
         """
         cells = [a] if isinstance(a, Cell) else list(a)
         base_cells = [b] if isinstance(b, Cell) else list(b)
@@ -210,7 +211,7 @@ class Results:
     def dose_readings(
         self, cell: str, curve: str = ""
     ) -> tuple[list[float], list[float], list[int]]:
-        """Every reading of a column along a curve, as a dose-response curve is fitted to them.
+        """Every reading of a column along a curve, for fitting a dose-response curve.
 
         Returns:
             For each reading: its x, its rate, and the number of trials behind the rate.
@@ -273,7 +274,7 @@ def share_above_threshold(rate: float) -> Comparison:
 
 
 def is_rate(cell: Cell) -> bool:
-    """Return whether a cell is a share in 0..1, which its metric's name tells."""
+    """Whether a cell is a share in 0..1, according to its metric's name."""
     if cell.compare is not None:
         return True
     return not cell.readings[0][1].rpartition(".")[2].startswith(NOT_RATES)

@@ -1,4 +1,4 @@
-"""The command line under torchrun: rank 0 runs it; the other ranks assist in its trainings and write nothing."""
+"""Runs the command line under torchrun: rank 0 runs it, the others help with its trainings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bezoar.training import ranks
 
 # Exit statuses of a run that is done, with or without findings and records left out.
 DONE = (None, 0, 3, 4)
-GRACE = 10.0  # seconds in which rank 0 may report an error, which it has most likely met too
+GRACE = 10.0  # seconds that rank 0 gets to report an error, which it probably met too
 NOT_FIELDS = ("verb", "seed", "version", "files")  # keys of `ask` that are not fields of the verb
 
 
@@ -43,7 +43,7 @@ def run(main: Callable[[], int]) -> int:
 
 
 def assist() -> int:
-    """Take part in the work that rank 0 orders, until it orders none any more. Returns the exit status."""
+    """Take part in the work that rank 0 orders, until it ends. Returns the exit status."""
     try:
         while (order := ranks.receive()) is not None:
             job, verb = make_job(order)
@@ -60,7 +60,7 @@ def assist() -> int:
 def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
     """Make the job and the verb of rank 0's order on this rank.
 
-    Raises UserError where the files that this rank sees are not those of rank 0.
+    Raises UserError if the files that this rank sees are not those of rank 0.
     """
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     ask = order["ask"]
@@ -74,7 +74,7 @@ def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
 
 
 def field_value(part: Any, paths: dict[str, str]) -> Any:
-    """Turn a part of a manifest's `ask` into the value of a verb's field. paths: of runs, by name."""
+    """Turn an entry of a manifest's `ask` into a field's value. paths: of runs, by name."""
     if isinstance(part, list):
         return tuple(field_value(item, paths) for item in part)
     if isinstance(part, dict):

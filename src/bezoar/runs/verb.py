@@ -1,7 +1,8 @@
-"""Verbs: what their fields take, how they are written as JSON, and what they are run with.
+"""Verbs: the values of their fields, how these are written as JSON, and the settings of a run.
 
-A *verb* is a frozen dataclass in a file of `bezoar/verbs`, named like the file. Its fields are what is asked; its `work`
-answers in a run. This module imports no torch: the command line needs it before it imports a verb.
+A *verb* is a frozen dataclass in a file of `bezoar/verbs`, named like the file. Its fields are the
+question; its `work` answers it in a run. This module imports no torch: the command line needs it
+before it imports a verb.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from bezoar.evaluation.scores import Measure
 
 VERBS = registry.PACKAGE / "verbs"
-HASHED_WHOLE = 64 << 20  # bytes; of larger files, pieces stand for the whole
+HASHED_WHOLE = 64 << 20  # bytes; larger files are hashed in pieces
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
 ENCODER = "encoder.json"  # a run that holds it holds an encoder
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
-# Where tables lie in a folder: as `datasets` saves a set, or several splits of it; Parquet files, by themselves or as the
-# Hugging Face Hub has them.
+# Tables in a folder: saved by `datasets` as one set or several splits; Parquet files, alone or as on
+# the Hugging Face Hub.
 SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
 PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -49,21 +50,22 @@ IMAGES = (
     ".tif",
     ".tiff",
 )
-HUB = "hf-hub:"  # what names of the Hugging Face hub begin with
+HUB = "hf-hub:"  # prefix of names of the Hugging Face hub
 
-# What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured
-# method, or a verb (or a Trial) that stands for its run.
+# The value of a field for data, an encoder, a run or a method: a spec, the start of a run's name, a
+# Run, a configured method, or a verb (or a Trial) in place of its run.
 Input = typing.Any
 
 
 class Verb(Protocol):
-    """What the files of `bezoar/verbs` define, as a frozen dataclass.
+    """The interface of a verb, a frozen dataclass in a file of `bezoar/verbs`.
 
-    Class variables say what else there is: `joint`, that every rank of torchrun does the verb's work; `sweeps`, that it
-    runs many trials, so that the command line offers `--workers` and `--ray`; `main_files`, which of the run's files a
-    user takes away; `fail_on`, the cases in which the command line may end with status 3, which the verb tells by a static
-    method `fails(case, manifest)`. Such a verb says by `undecided(manifest)`, in sentences, why it could not be told, and the
-    status is then 5. `gate_needs` names for a case a field and a class variable that one of the field's methods must have.
+    Class variables describe it further. `joint`: every rank of torchrun does the work. `sweeps`: it
+    runs many trials, so the command line offers `--workers` and `--ray`. `main_files`: the run's
+    files for the user. `fail_on`: cases in which the command line may end with status 3; the static
+    method `fails(case, manifest)` decides. Such a verb lists by `undecided(manifest)`, in
+    sentences, why a case could not be decided; the status is then 5. `gate_needs`: for a case, a
+    field and a class variable that one of the field's methods must have.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -78,12 +80,14 @@ class Verb(Protocol):
 
 @dataclass(frozen=True)
 class Takes:
-    """What a verb's field takes; stands in its annotation.
+    """Annotation of a verb's field: the values that it accepts.
 
     Attributes:
-        what: `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also be a run that holds one.
+        what: `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also
+            be a run that holds one.
         positional: whether the command line takes it without an option's name.
-        several: whether the command line takes several files in its place, which `join_inputs` makes one input.
+        several: whether the command line accepts several files, which `join_inputs` makes one
+            input.
     """
 
     what: str = ""
@@ -93,7 +97,7 @@ class Takes:
 
 @dataclass(frozen=True)
 class Trial:
-    """A verb with a seed of its own, which also holds for the verbs in its fields unless these are trials themselves."""
+    """A verb with its seed. Verbs in its fields that are no trials have the same seed."""
 
     verb: Any
     seed: int = 0
@@ -101,16 +105,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """How verbs are run, whatever they ask.
+    """Settings of a run that do not change its answer, apart from the seed.
 
     Attributes:
         runs: directory of the runs, as a path or a text.
-        seed: of everything random, 0 to 2**32 - 1.
+        seed: seed of all randomness, 0 to 2**32 - 1.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         fresh: run again even if a finished run answers the question.
         quiet: print no progress.
-        finish: called with a run that is done; writes its page.
-        workers: of a sweep; 0 is one for each GPU, or for each core where there is none.
+        finish: called with a finished run; writes its page.
+        workers: number of workers of a sweep; 0 means one for each GPU, or for each core.
         ray: whether a sweep runs on Ray.
     """
 
@@ -133,7 +137,7 @@ def verb_names() -> list[str]:
 
 
 def load_verb(name: str) -> type[Any]:
-    """Import the class of a verb. Raises UserError where there is no such verb."""
+    """Import the class of a verb. Raises UserError if there is no such verb."""
     if name not in verb_names():
         raise UserError(f"no verb {name!r}; there are: {', '.join(verb_names())}")
     module = importlib.import_module(f"bezoar.verbs.{name}")
@@ -146,7 +150,7 @@ def verb_name(verb: Verb) -> str:
 
 
 def is_verb(value: Any) -> bool:
-    """Return whether a field's value is a verb, which stands for its run."""
+    """Whether a field's value is a verb, which stands for its run."""
     return dataclasses.is_dataclass(value) and hasattr(value, "work")
 
 
@@ -170,7 +174,7 @@ def check_verb(verb: Any) -> Any:
 
 
 def _check_value(where: str, what: str, value: Any, hint: Any) -> None:
-    """Raise UserError for a value that a field cannot take. what: as in `Takes`."""
+    """Raise UserError for a value that a field does not accept. what: see `Takes`."""
     if what:
         is_input = value is None or isinstance(value, (str, Path, Run, Trial))
         if not is_input and (isinstance(value, type) or not dataclasses.is_dataclass(value)):
@@ -188,7 +192,7 @@ def _check_value(where: str, what: str, value: Any, hint: Any) -> None:
 
 
 def input_to_json(value: Any) -> Any:
-    """Write a field's value as JSON: runs by name, methods as specs, verbs as objects of their fields."""
+    """Write a field's value as JSON: runs by name, methods as specs, verbs as objects."""
     if isinstance(value, Run):
         return value.name
     if isinstance(value, (tuple, list)):
@@ -204,19 +208,19 @@ def input_to_json(value: Any) -> Any:
 
 
 def input_name(value: Any) -> str:
-    """Return what a run or a configured method is named by in texts: the run's name, or the method's spec."""
+    """The name of a run or a configured method in texts: the run's name, or the method's spec."""
     return value.name if isinstance(value, Run) else registry.spec(value)
 
 
 def input_spec(value: Any) -> str:
-    """Return what a run or a configured method is asked for by: the run's directory, or the method's spec; "" for None."""
+    """The text that asks for a run or a method: the run's directory, or the spec; "" for None."""
     if value is None:
         return ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)
 
 
 def input_fields(verb: Verb) -> dict[str, tuple[str, Any]]:
-    """For each field of a verb, what it takes ("" for a plain value) and its value."""
+    """For each field of a verb, the kind that it takes ("" for a plain value) and its value."""
     marks = field_marks(type(verb))
     return {name: (mark.what, getattr(verb, name)) for name, mark in marks.items()}
 
@@ -237,9 +241,9 @@ def field_marks(verb: type[Verb]) -> dict[str, Takes]:
 
 
 def input_files(configured: Any) -> list[Any]:
-    """The files that a method reads: those that it lists itself, or those that its text fields name.
+    """The files that a method reads: those that it lists, or those that its text fields name.
 
-    A file is a path, or a tuple of the name that it is known by and its path.
+    A file is a path, or a tuple of its recorded name and its path.
     """
     if hasattr(configured, "files"):
         return list(configured.files())
@@ -250,7 +254,7 @@ def input_files(configured: Any) -> list[Any]:
 def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
     """Hash (sha256, 16 digits) the names, sizes and contents of files.
 
-    Of a file beyond 64 MiB, 64 evenly spread pieces of a MiB stand for the whole.
+    Files above 64 MiB are represented by 64 evenly spread pieces of one MiB.
     """
     digest = hashlib.sha256()
     for name, path in ((f.name, f) if isinstance(f, Path) else f for f in files):
@@ -267,7 +271,7 @@ def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
 
 
 def spec_of_weights(text: str) -> str:
-    """The spec of a network that a bare path or a name of the Hugging Face hub stands for."""
+    """The spec of a network for a bare path or a name of the Hugging Face hub."""
     if text.startswith(HUB):
         return f"hub:name={registry.spec_value(text.removeprefix(HUB))}"
     if (
@@ -280,11 +284,11 @@ def spec_of_weights(text: str) -> str:
 
 
 def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
-    """The run that a text names, or the kind and the spec of the method that it stands for. Raises UserError.
+    """The run that a text names, or the kind and the spec of a method. Raises UserError.
 
     Args:
-        text: what the user wrote.
-        what: as in `Takes`.
+        text: the user's text.
+        what: see `Takes`.
         runs: the directory in which runs are looked up.
     """
     if what not in ("data", "encoder", "run", "bank"):
@@ -311,7 +315,7 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:
-    """One input for what may be several files, such as tars that a shell's glob named. Raises UserError."""
+    """Join files of one kind, such as tars from a shell's glob. Raises UserError for others."""
     if len(texts) == 1:
         return texts[0]
     if not texts:
@@ -339,9 +343,10 @@ def join_inputs(texts: Sequence[str], what: str) -> str:
 
 
 def find_tables(folder: Path) -> str:
-    """The glob of the tables that a folder is made of; "" for any other folder.
+    """The glob of the tables of a folder; "" for any other folder.
 
-    Parquet files beside images, or beside folders of images as img2dataset writes them, are not what is meant.
+    Parquet files beside images, or beside folders of images as img2dataset writes them, do not
+    count.
     """
     for pattern in SAVED_TABLES:
         if any(folder.glob(pattern)):
@@ -356,17 +361,17 @@ def find_tables(folder: Path) -> str:
 
 
 def stands_alone(kind: str, text: str) -> bool:
-    """Return whether a text names a method that needs no field: then a file of that name is not meant, `scenes` unlike `shards`."""
+    """Whether a text names a method without required fields, not a file of that name."""
     if text not in registry.method_names(kind):
         return False
     return all(f.default for f in method_source.describe(registry.method_path(kind, text)).fields)
 
 
 def spec_of_path(kind: str, text: str) -> str:
-    """The spec that a bare path stands for, by what the path looks like; any other text is returned as it is.
+    """The spec for a bare path; any other text is returned unchanged.
 
-    Tar files are shards, a .csv a table, a .npy ready embeddings, a .json a bank, a folder tars, tables (Parquet files, or what
-    Hugging Face's `datasets` saves) or images.
+    Tar files are shards, a .csv a table, a .npy embeddings, a .json a bank; a folder holds tars,
+    tables (Parquet files, or data saved by Hugging Face's `datasets`) or images.
     """
     if kind == "network":
         return spec_of_weights(text)

@@ -1,7 +1,8 @@
-"""Read what the command line needs to know of a verb from its source text, without importing it.
+"""Reads the fields of a verb from its source text, without importing it.
 
-A verb's file imports torch, which takes seconds. Help, and the check of the arguments, need only the names, types,
-defaults and help texts of its fields. They are read here with `ast`; nothing is run, and only literals are evaluated.
+A verb's file imports torch, which takes seconds. Help and the check of the arguments need only the
+names, types, defaults and help texts of its fields. They are read with `ast`; no code is run, and
+only literals are evaluated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TYPES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class FieldSource:
-    """A field of a verb. type: of its value on the command line. default: MISSING where it has none."""
+    """A field of a verb. type: of its value on the command line. default: or MISSING."""
 
     name: str
     type: Any
@@ -70,9 +71,9 @@ def read_docstring(name: str) -> str:
 
 
 def read_type(node: ast.expr, module: ast.Module) -> Any:
-    """Make a type from an annotation: a name of `TYPES`, `X | None`, `tuple[X, ...]` or `Literal[...]`.
+    """Make a type from an annotation: a name of `TYPES`, `X | None`, `tuple[X, ...]` or `Literal`.
 
-    A name may also be one that the module, or a module of bezoar's that it imports from, gives to such a type.
+    A name may also be an alias in the module, or in a module of bezoar's that it imports from.
     Raises ValueError for any other annotation.
     """
     match node:
@@ -115,5 +116,5 @@ def _read_field(node: FieldNode, module: ast.Module) -> FieldSource:
 
 
 def _literal(node: ast.expr, module: ast.Module) -> Any:
-    """The value of a literal, or of a constant that is defined in the module or imported from bezoar."""
+    """The value of a literal, or of a constant of the module or of another of bezoar's."""
     return ast.literal_eval(method_source.resolve_default(ast.unparse(node), module))

@@ -1,9 +1,9 @@
-"""Batched augmentation of images on the device. Every sample has draws of its own.
+"""Batched augmentation of images on the device, with separate draws for every sample.
 
-Shifts and flips keep uint8. All else gives float32 in 0..1 and rounds nothing between two
-operations, so results differ by a few 255ths from those of Pillow images, which are rounded and
-clipped after each. Formulas and distributions are those of torchvision.transforms.v2; SimCLR is
-Chen et al. 2020.
+Shifts and flips keep uint8. All other operations give float32 in 0..1 without rounding, so results
+differ by a few 255ths from those of Pillow images, which are rounded and clipped after each
+operation. Formulas and distributions are those of torchvision.transforms.v2; SimCLR is Chen et al.
+2020.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Strengths = tuple[float, float, float, float]  # of brightness, contrast, satura
 class Chance:
     """The randomness of one step.
 
-    It is drawn for the batch of all ranks, of which rank r of `world` holds the r-th part: two
-    ranks see what one would have seen.
+    It is drawn for the global batch, of which rank r of `world` uses the r-th part: the result does
+    not depend on the number of ranks.
     """
 
     generator: torch.Generator
@@ -113,11 +113,11 @@ def random_crop(
 def draw_boxes(
     height: int, width: int, rows: int, chance: Chance, scale: Range, ratio: Range
 ) -> Tensor:
-    """Boxes of random crops, distributed as torchvision's RandomResizedCrop draws them.
+    """Boxes of random crops, distributed like those of torchvision's RandomResizedCrop.
 
     The area is uniform in `scale` (shares of the image) and width / height log-uniform in `ratio`.
-    The first of ten tries that fits inside is taken, else the largest centred crop within `ratio`.
-    All tries are drawn at once, so every sample takes as many draws.
+    The first of ten tries that fits is used, else the largest centred crop within `ratio`. All
+    tries are drawn at once, so every sample uses the same number of draws.
 
     Returns:
         int64 (rows, 4) on the CPU: top, left, height, width.
@@ -250,7 +250,7 @@ def to_gray(x: Tensor) -> Tensor:
 
 
 def rotate_hue(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn colours round the wheel.
+    """Rotate the hue.
 
     With m the darkest channel and c the lightest less m, a colour is +-(1 + (g + b - r - m) / c)
     sixths of a turn from red, with the sign of g - b. A channel is m + c clamp(2 - d, 0, 1), where
@@ -258,8 +258,8 @@ def rotate_hue(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
 
     Args:
         x: float in 0..1, (B, 3, H, W).
-        turns: (B,); 1 is once round.
-        out: where the result goes; it may be x.
+        turns: (B,); 1 is a full turn.
+        out: receives the result; it may be x.
     """
     r, g, b = x.unbind(1)
     darkest = x.amin(1)
@@ -287,23 +287,23 @@ def draw_adjustments(rows: int, strengths: Strengths, chance: Chance) -> tuple[T
 
 
 def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Adjust brightness, contrast, saturation and hue, each sample in its own order.
+    """Adjust brightness, contrast, saturation and hue, in a different order for each sample.
 
-    The first three are blends f x + (1 - f) target, the target being black, the mean of the gray
-    image, or that image. So each of the four places in the order is one blend of all samples (with
-    f = 1 of those whose turn is hue) and the hue of some, which are contiguous because samples are
-    sorted by the place of hue.
+    The first three are blends f x + (1 - f) target. The target is black, the mean of the gray
+    image, or the gray image. So each of the four positions in the order is one blend of all samples
+    (with f = 1 for those whose turn is hue), and a hue change of some; these are contiguous,
+    because samples are sorted by the position of hue.
 
     Args:
         x: float in 0..1, (B, 3, H, W).
         factors: float (B, 4) of brightness, contrast, saturation and hue; 1, 1, 1, 0 changes
             nothing.
-        order: int64 (B, 4), permutations of 0..3: what comes first, second, ...
+        order: int64 (B, 4), permutations of 0..3: the order of the operations.
         mask: bool (B,), which samples change.
     """
     hue_place = order.eq(HUE).int().argmax(1)
     if mask is not None:
-        hue_place = torch.where(mask, hue_place, 4)  # behind all places
+        hue_place = torch.where(mask, hue_place, 4)  # after all positions
     rows = hue_place.argsort(stable=True)
     edges = [0, *hue_place.bincount(minlength=5).cumsum(0).tolist()]
     order, factors = order[rows], factors[rows]
@@ -387,8 +387,8 @@ class Views:
     def __call__(self, images: Tensor, chance: Chance, count: int = 2) -> Tensor:
         """`count` views of every image.
 
-        Views of one image are neighbours, so that a rank's rows of the global batch are its own
-        images' views.
+        Views of one image are neighbours, so a rank's rows of the global batch are views of its
+        images.
 
         Args:
             images: (B, 3, H, W), uint8 or float in 0..1.

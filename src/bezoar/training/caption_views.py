@@ -12,7 +12,7 @@ SWAP, INSERT, DELETE = range(3)
 
 
 def has_marks(encoder: Encoder) -> bool:
-    """Return whether the rows of an encoder's tokenizer begin and end with a token that is no word."""
+    """Whether an encoder's tokenizer puts special tokens at the beginning and the end of rows."""
     return not isinstance(encoder.tokenizer, WordTokenizer)
 
 

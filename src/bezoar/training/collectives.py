@@ -1,4 +1,4 @@
-"""One training on several ranks, with the loss, gradients and statistics of one process.
+"""Distributes one training over several ranks, with the results of a single process.
 
 Each rank holds its rows of the global batch. The mean over ranks of their losses is the global
 loss; gradients flow through everything that ranks exchange, and are averaged. Without a process

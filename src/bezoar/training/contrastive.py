@@ -85,14 +85,14 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by, at most 100."""
+        """The factor of cosines, at most 100."""
         return self.log_scale.clamp(max=math.log(100)).exp()
 
 
 class InitialEncoder(nn.Module):
-    """A frozen copy of an encoder as it is now.
+    """A frozen copy of an encoder in its present state.
 
-    It is in the state dict, so that a resumed training has the same one.
+    It is in the state dict, so that a resumed training has the same copy.
     """
 
     def __init__(self, encoder: Encoder) -> None:

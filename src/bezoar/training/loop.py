@@ -53,7 +53,7 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class FixedRecipe:
-    """A recipe by itself, for trainings that are no method of the kind `objective`."""
+    """A recipe for trainings that are no method of the kind `objective`."""
 
     epochs: int
     batch: int
@@ -63,7 +63,7 @@ class FixedRecipe:
 
 
 def require(condition: bool, what: str) -> None:
-    """Raise ValueError that says what a recipe needs, unless the condition holds."""
+    """Raise ValueError that names a recipe's requirement, unless the condition holds."""
     if not condition:
         raise ValueError(f"needs {what}")
 
@@ -88,7 +88,7 @@ class TrainingData(Protocol):
 
 @dataclass
 class TrainingLog:
-    """What happened in a training.
+    """The log of a training.
 
     Attributes:
         losses: one a step.
@@ -117,9 +117,9 @@ def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate at a step: a linear warm-up and a cosine to zero, or constant.
+    """The learning rate at a step: a linear warm-up and a cosine to zero, or constant.
 
-    It is multiplied by `rates` of the recipe, where there is such a method.
+    If the recipe has a method `rates`, the rate is multiplied by its result.
     """
     rates = getattr(recipe, "rates", None)
     factor = 1.0 if rates is None else rates(step, steps)
@@ -213,7 +213,7 @@ def _read_losses(unread: list[Tensor], step: int) -> list[float]:
 
 
 class _Training:
-    """One training: what a checkpoint holds (model, optimizer, log, step), and what changes it."""
+    """One training: its state (model, optimizer, log, step), which checkpoints hold."""
 
     def __init__(
         self,

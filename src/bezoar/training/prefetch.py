@@ -1,4 +1,4 @@
-"""Batches made by threads before training asks for them, of images too many for the device."""
+"""Prepares batches in threads ahead of training, for data sets larger than the device's memory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Batch(NamedTuple):
 
 
 class Prefetcher:
-    """What training reads of Pairs: `len(data)` and `data.images[index]`.
+    """The part of Pairs that training reads: `len(data)` and `data.images[index]`.
 
-    The first batch that is asked for may be any of the order, as when a training is resumed.
-    Whatever else is asked for is made then, and counted in `late`.
+    The first batch may be anywhere in the order, as in a resumed training. Any other request is
+    served at once, and counted in `late`.
 
     Args:
-        order: epoch -> int64 (steps, B): the rows that will be asked for.
+        order: epoch -> int64 (steps, B): the rows of each batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Prefetcher:
 
     @property
     def images(self) -> Prefetcher:
-        """Stands for the tensor of all images."""
+        """Takes the place of the tensor of all images."""
         return self
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Prefetcher:
         return f"{where} as they were asked for, {self.drawn - self.late} of {self.drawn} batches ahead"
 
     def start_batch(self, rows: Tensor) -> Batch:
-        """Let threads make a batch, in pages that a GPU fetches by itself."""
+        """Let threads make a batch, in pinned memory for a GPU."""
         images = self.records.empty_images(len(rows), pinned=self.device.type == "cuda")
         at_once = getattr(self.records, "task_images", TASK_IMAGES)
         tasks = submit_reads(self.pool, self.records.fill_images, rows.numpy(), images, at_once)
@@ -132,10 +132,10 @@ class Prefetcher:
 def training_data(
     records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
 ) -> Iterator[Pairs | Prefetcher]:
-    """Open what training draws from; see `Prefetcher`.
+    """Open the data of a training; see `Prefetcher`.
 
-    It is the records on the device if that has room for their images twice, else a Prefetcher of
-    them.
+    If the device has room for the images twice, these are the records on the device, else a
+    Prefetcher.
     """
     if isinstance(records, Pairs) and 2 * records.images.nbytes < free_bytes(device):
         yield records.to(device)

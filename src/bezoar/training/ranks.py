@@ -53,7 +53,7 @@ def share_work(order: Order) -> Iterator[None]:
 
 
 def broadcast(order: Order) -> None:
-    """Send rank 0's order to the ranks that wait in `receive`, where there are any."""
+    """Send rank 0's order to the ranks that wait in `receive`, if there are any."""
     if not dist.is_initialized():
         return
     message = torch.frombuffer(bytearray(json.dumps(order).encode()), dtype=torch.uint8)
@@ -64,7 +64,7 @@ def broadcast(order: Order) -> None:
 
 
 def receive() -> Any:
-    """Wait for rank 0's next order. Raises UserError when rank 0 has ended: it has said why."""
+    """Wait for rank 0's next order. Raises UserError if rank 0 has ended, after its own message."""
     size = torch.zeros(1, dtype=torch.long)
     try:
         dist.broadcast(size, 0)

@@ -73,12 +73,12 @@ def measure_width(encoder: Encoder) -> int:
 def perceptron(*sizes: int, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
     """Linear layers with ReLU between them, (B, sizes[0]) -> (B, sizes[-1]).
 
-    A batch norm takes the place of its layer's bias.
+    A layer with a batch norm has no bias.
 
     Args:
-        sizes: of the input, of hidden layers, and of the output.
-        norm: whether a batch norm stands before each ReLU.
-        last_norm: whether one stands at the end.
+        sizes: sizes of the input, the hidden layers, and the output.
+        norm: whether there is a batch norm before each ReLU.
+        last_norm: whether there is one at the end.
     """
     layers: list[nn.Module] = []
     for i, (size_in, size_out) in enumerate(pairwise(sizes), 2):
@@ -103,7 +103,7 @@ class ViewsLoss(nn.Module):
         self.views = make_views(recipe, encoder.preprocess.size)
 
     def tower(self) -> nn.Sequential:
-        """The image tower and the head behind it."""
+        """The image tower, followed by the head."""
         return nn.Sequential(self.encoder.image, self.head)
 
     def project(self, x: Tensor, tower: nn.Module | None = None) -> Tensor:

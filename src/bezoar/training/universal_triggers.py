@@ -1,9 +1,9 @@
 """Universal triggers that an encoder learns to resist (after ABD, arXiv 2409.15968).
 
-A backdoor is a direction into which one change of the pixels moves every image. Nobody knows that
-change, so some are searched for: patches, patterns that are blended over the image, and changes of
-its colours. Each ascends the loss that the encoder descends, by the gradient of the same backward
-pass ("free" adversarial training, arXiv 1904.12843), and is drawn anew after `LIFE` steps.
+A backdoor moves every image in one direction by one change of the pixels. The change is unknown, so
+some are searched for: patches, patterns blended over the image, and changes of its colours. Each
+ascends the loss that the encoder descends, with the gradient of the same backward pass ("free"
+adversarial training, arXiv 1904.12843), and is drawn anew after `LIFE` steps.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class UniversalTriggers(nn.Module):
 
     @torch.no_grad()
     def draw(self, number: int, chance: Chance) -> None:
-        """Draw a trigger anew: at a place and of a size of its own, in colours of its own."""
+        """Draw a trigger: its place, size and colours."""
         painted, _, height, width = self.masks.shape
         drawn = torch.rand(3, height, width, generator=chance.generator)
         if number >= painted:

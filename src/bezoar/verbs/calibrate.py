@@ -1,4 +1,4 @@
-"""Make a bank: what audits say of encoders known to be clean, and of attacked ones."""
+"""Makes a bank: the results of audits for encoders known to be clean, and for attacked ones."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Calibrate:
         return metrics
 
     def _trainings(self, job: Job) -> list[Trial]:
-        """Trainings of clean encoders, each with a seed of its own, and with data of its own where they are made to order."""
+        """Trainings of clean encoders with different seeds, and different data if drawn."""
         data = job.inputs["train"]
         if isinstance(data, Run) and data.manifest["goal"]:
             raise UserError(
@@ -152,14 +152,14 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class AttackedEncoder:
-    """The run of an attacked encoder, and its attack success; None where that is not known."""
+    """The run of an attacked encoder, and its attack success; None if that is unknown."""
 
     run: Run
     success: float | None
 
     @staticmethod
     def find(run: Run) -> AttackedEncoder:
-        """The encoder of a run. Its success is that of the evaluate run given, or of one beside it."""
+        """The encoder of a run, and its attack's success by an evaluate run."""
         encoder_run = attacked_run(run)
         if run.verb == "evaluate":
             return AttackedEncoder(encoder_run, highest_success([run]))
@@ -170,7 +170,7 @@ class AttackedEncoder:
 
 
 def check_clean(encoder: Any) -> Any:
-    """Return the encoder. Raises UserError for a run that says it was attacked."""
+    """Return the encoder. Raises UserError for an encoder of an attacked run."""
     if isinstance(encoder, Run) and encoder.manifest["goal"]:
         raise UserError(
             f"run {encoder.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)"
@@ -199,7 +199,7 @@ def measures_encoder(evaluation: Run, encoder_run: Run) -> bool:
 
 
 def highest_success(evaluations: Iterable[Run]) -> float | None:
-    """The highest attack success of evaluate runs, over their goals and heads; None where they measured none."""
+    """The highest attack success of evaluate runs, over goals and heads; None without one."""
     values = []
     for run in evaluations:
         for key, measure in run.manifest["metrics"].items():
@@ -231,7 +231,7 @@ def calibration_of(
     of_clean: Sequence[dict[str, Any]],
     of_attacked: Sequence[tuple[dict[str, Any], AttackedEncoder]],
 ) -> Calibration:
-    """What an audit says of clean and of attacked encoders, from the verdict.json of each."""
+    """The results of an audit for clean and attacked encoders, from the verdict.json of each."""
     first = of_clean[0]["audits"][0]
     attacked = []
     for verdict, encoder in of_attacked:
@@ -260,9 +260,9 @@ def calibration_measures(
     """The metrics of an audit over the bank, under its name.
 
     Args:
-        calibration: what the audit says of the encoders.
-        seconds: that it took for each of them.
-        rate: the false-positive rate that the metrics are for.
+        calibration: the audit's results.
+        seconds: its time for each encoder.
+        rate: the false-positive rate of the metrics.
     """
     n = len(calibration.clean)
     measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}

@@ -1,4 +1,4 @@
-"""Does this input carry a trigger? Inputs scored one by one at test time, against a threshold set on clean images."""
+"""Scores inputs one by one at test time, to find those with a trigger."""
 
 from __future__ import annotations
 
@@ -84,8 +84,9 @@ class Check:
     def work(self, job: Job) -> dict[str, Measure]:
         """Score the images and the clean ones by every check.
 
-        Writes scores.parquet (every image), clean.parquet (those that set the thresholds), flagged.json and
-        pictures.safetensors. A check that cannot work here is named, and the others go on; the exit status is then 4.
+        Writes scores.parquet (every image), clean.parquet (those that set the thresholds),
+        flagged.json and pictures.safetensors. A check that cannot work here is named and left out;
+        the exit status is then 4.
         """
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be a share inside (0, 1); got {self.rate}")
@@ -116,7 +117,7 @@ class Check:
     ) -> tuple[dict[str, CheckResult], list[str]]:
         """The result of every check by its name; and a line for each that cannot work here.
 
-        Raises UserError where none can.
+        Raises UserError if none can.
         """
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
@@ -149,7 +150,7 @@ def load_images(job: Job) -> tuple[Pairs, Mask | None]:
     """The images to check, one half of them stamped where a trigger is given.
 
     Returns:
-        The images; and bool (N,), which of them carry a trigger, or None where that is not known.
+        The images; and bool (N,), which of them carry a trigger, or None if that is unknown.
     """
     dataset = inputs.open_dataset(job.inputs["images"])
     images = dataset.pairs
@@ -178,13 +179,13 @@ def load_images(job: Job) -> tuple[Pairs, Mask | None]:
 
 
 def load_clean(job: Job, images: Pairs) -> tuple[Pairs, Pairs]:
-    """The clean images: the half that calibrates the checks, and the half that sets the thresholds."""
+    """The clean images: one half calibrates the checks, the other sets the thresholds."""
     if job.inputs["clean"] is None:
         raise UserError(
             "give --clean: images known to be clean, of which checks and thresholds are made"
         )
     clean = inputs.in_memory(inputs.open_dataset(job.inputs["clean"]).clean)
-    # An image with several captions is several records, which would stand in both halves.
+    # An image with several captions is several records, which must be in the same half.
     clean = clean.take(distinct_image_rows(clean.ids))
     check_disjoint(clean, images, "of the images are among the clean ones too", "give others")
     if len(clean) < MIN_CLEAN:
@@ -200,14 +201,14 @@ def load_clean(job: Job, images: Pairs) -> tuple[Pairs, Pairs]:
 class Threshold:
     """The k-th largest of n clean scores, with the largest k for which k / (n + 1) <= rate.
 
-    The share of clean images like these above it is Beta(k, n + 1 - k) over draws of the n, whatever the scores are; it is
-    less where they tie.
+    The share of similar clean images above it is distributed as Beta(k, n + 1 - k) over draws of
+    the n, whatever the scores; it is less if there are ties.
 
     Attributes:
         value: the score.
         rank: k.
-        n: how many clean images there are.
-        limit: why the share is not the rate, in a sentence; "" where it is.
+        n: number of clean images.
+        limit: why the share differs from the rate, in a sentence; "" if it does not.
     """
 
     value: float
@@ -241,7 +242,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check says: its spec, the scores of the images, those of the clean images, and the threshold."""
+    """The result of a check: spec, scores of the images and the clean images, and threshold."""
 
     spec: str
     scores: Scores
@@ -288,7 +289,7 @@ def write_results(
     held_out: Pairs,
     results: Mapping[str, CheckResult],
 ) -> None:
-    """Write the tables of scores, the flagged images of each check, and pictures of those that score highest."""
+    """Write the tables of scores, the flagged images, and pictures of the highest scored."""
     columns: dict[str, Any] = {"id": list(images.ids), "class": class_names(images)}
     if truth is not None:
         columns["triggered"] = truth
@@ -312,7 +313,7 @@ def write_results(
 
 
 def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int) -> dict[str, Any]:
-    """A flagged image, or text, as it stands in flagged.json, with the window that a check accuses where it names one."""
+    """A flagged image or text for flagged.json, with its suspicious window if known."""
     facts: dict[str, Any] = {
         "id": images.ids[row],
         "score": float(result.scores.values[row]),
@@ -327,7 +328,7 @@ def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int)
 
 
 def class_names(images: Pairs) -> list[str]:
-    """The class of each image; "" where it is not known."""
+    """The class of each image; "" where it is unknown."""
     if images.labels is None or not images.classes:
         return [""] * len(images)
     return [images.classes[label] if label >= 0 else "" for label in images.labels.tolist()]

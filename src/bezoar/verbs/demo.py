@@ -1,4 +1,4 @@
-"""Whole stories on embedded data. data: poison, train, measure, find, train again. encoder: pre-train, inject, measure."""
+"""Runs a whole example on drawn images: an attack on data and its repair, or one on an encoder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Demo:
     epochs: Annotated[
         int, "passes of each training; 0: as the story needs, 7 for data, 3 for encoder"
     ] = 0
-    target: Annotated[str, "what triggered images are to be read as"] = "striped star"
+    target: Annotated[str, "the class that triggered images shall be read as"] = "striped star"
     trigger: Annotated[str, "a patch"] = "patch:size=6,fill=checker"
     poisons: Annotated[int, "story data: records that carry the patch"] = 200
     victims: Annotated[int, "story data: targeted victims, at 16 captions and again at one"] = 16
@@ -56,7 +56,10 @@ class Demo:
         return [Trial(verb, seed) for seed in range(3)]  # each on other records
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Run the story. Its metrics are those of the runs it makes, under `clean`, `poisoned`, `scan` and so on."""
+        """Run the story.
+
+        Its metrics are those of its runs, under `clean`, `poisoned`, `scan` and so on.
+        """
         data = f"scenes:count={self.count}"
         test = f"scenes:count={self.test},split=test"
         if self.story == "data":
@@ -111,7 +114,7 @@ class Demo:
 
 
 class Steps:
-    """The steps of a story, each named with its place when it begins; and before the first, about how long all take."""
+    """The steps of a story, each announced when it begins, after an estimate of the time."""
 
     def __init__(self, job: Job, total: int, pairs: int) -> None:
         self.job = job
@@ -137,7 +140,7 @@ class Steps:
 def collect_metrics(
     job: Job, measured_runs: Mapping[str, Run], trainings: Mapping[str, Run], attack: Run
 ) -> dict[str, Measure]:
-    """Every metric of the runs under their names. The job's notes name the runs, its goals are those of the attack."""
+    """All metrics of the runs under their names. The job's notes name the runs."""
     job.notes = {name: run.name for name, run in measured_runs.items()}
     job.notes["trained"] = {name: run.name for name, run in trainings.items()}
     job.goals = attack.manifest["goal"]

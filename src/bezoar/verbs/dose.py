@@ -1,4 +1,4 @@
-"""How many poisons would it take? Success against dose for the user's own data and recipe, and the dose for 50 %."""
+"""Measures success against the number of poisons for the user's own data and recipe."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Dose:
 
     data: Annotated[Input, Takes("data", positional=True), "data set"]
     poison: Annotated[
-        Input, Takes("poison"), "how; its count (of captions, if targeted) is what is varied"
+        Input,
+        Takes("poison"),
+        "method of poisoning; its count (of captions, if targeted) is varied",
     ] = "backdoor"
-    trigger: Annotated[Input, Takes("trigger"), "what is stamped on images; none for targeted"] = (
-        "patch"
-    )
+    trigger: Annotated[Input, Takes("trigger"), "the trigger; none for targeted"] = "patch"
     target: Annotated[str, "class or word that poisoned images are to be read as"] = ""
     doses: Annotated[
         tuple[int, ...], "numbers of poisons, or of captions a victim; 0 is measured too"
@@ -52,7 +52,7 @@ class Dose:
     probe: Annotated[
         Input,
         Takes("probe"),
-        "what measures success: zero_shot, or retrieval for data without classes",
+        "measure of success: zero_shot, or retrieval for data without classes",
     ] = "zero_shot"
 
     domains: Annotated[
@@ -62,11 +62,14 @@ class Dose:
     price: Annotated[float, "of a domain whose price the table does not state"] = 10.0
 
     def files(self) -> list[Path]:
-        """The table of domains, so that a changed one is another question. Raises UserError without it."""
+        """The table of domains, whose content is part of the question.
+
+        Raises UserError without it.
+        """
         return [existing_file(self.domains, "table of domains")] if self.domains else []
 
     def planned_trials(self, settings: Settings) -> list[Trial]:
-        """The trials of every dose, for an estimate. Raises UserError for inputs that do not exist."""
+        """The trials of every dose, for an estimate. Raises UserError for missing inputs."""
         return self.table(resolve_inputs(self, settings)[0], list(self.doses), settings.seed).trials
 
     def work(self, job: Job) -> dict[str, Measure]:

@@ -1,4 +1,4 @@
-"""Measure an encoder: accuracy, attack success, what it was before the attack."""
+"""Measures an encoder: accuracy and attack success, beside those of its clean twin."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ LABELLED = 10_000  # records of a training split that is made to order
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure an encoder with one or more probes. Trigger and target are learnt from the encoder's parents."""
+    """Measure an encoder with one or more probes.
+
+    Trigger and target are learnt from the encoder's parents.
+    """
 
     encoder: Annotated[
         Input,
@@ -67,7 +70,7 @@ class Evaluate:
     ] = ""
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Measure the encoder, and its clean twin where there is one, with every probe."""
+        """Measure the encoder, and its clean twin if there is one, with every probe."""
         encoder_input = job.inputs["encoder"]
         attack = job.inputs["attack"]
         if attack is None and isinstance(encoder_input, Run):
@@ -94,7 +97,7 @@ class Evaluate:
         is_classifier = encoder.text is None and encoder.head is not None
         if is_classifier and self.probe == DEFAULT_PROBES:
             probes = (registry.make("probe", "own"),)
-        # A probe that needs the twin measures both by itself.
+        # A probe that needs the twin measures both.
         of_twin = [p for p in probes if twin is not None and "baseline" not in registry.needs(p)]
         tasks = [(encoder, p) for p in probes] + [(twin, p) for p in of_twin]
         metrics: dict[str, Measure] = {}
@@ -120,7 +123,7 @@ class Evaluate:
 
 
 def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
-    """The goal of a trigger that the user names; none without one.
+    """The goal of a trigger that the user names, or none.
 
     Raises UserError for a trigger without a target, or the other way round, and for a target that
     is no class of the test data.
@@ -136,7 +139,7 @@ def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
 
 
 def test_method(test: Any, encoder: Any) -> Any:
-    """The data that an encoder is tested on: those that are given, or the test split of its training data."""
+    """The test data of an encoder: those given, or the test split of its training data."""
     if test is not None:
         return test
     if not isinstance(encoder, Run):
@@ -145,10 +148,10 @@ def test_method(test: Any, encoder: Any) -> Any:
 
 
 def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
-    """The goals whose target is a class of the test set, in their order; the job's notes name those that are left out.
+    """The goals whose target is a class of the test set, in order; the job's notes name the others.
 
-    An encoder's goals may belong to several tasks, each with its classes. Where no goal's target is a class of the test
-    set, all are kept: the probes that read classes refuse them.
+    An encoder's goals may belong to several tasks with different classes. If no goal's target is a
+    class of the test set, all are kept: probes that read classes then refuse them.
     """
     of_task = [g for g in goals if g.target in test.classes]
     if of_task and len(of_task) < len(goals):
@@ -165,9 +168,9 @@ def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
 
 
 def load_labelled(job: Job, test: Dataset) -> Pairs:
-    """The clean records that heads are fitted on, on the CPU: those that are given, or TEST's training split.
+    """The clean records that heads are fitted on, on the CPU: those given, or TEST's training split.
 
-    Raises UserError where there is no such split, or it holds records that are tested on.
+    Raises UserError if there is no such split, or if it holds test records.
     """
     train = job.inputs["train"]
     dataset = inputs.open_dataset(training_split(test.method) if train is None else train)
@@ -181,7 +184,10 @@ def load_labelled(job: Job, test: Dataset) -> Pairs:
 
 
 def with_place(goal: Goal, place: str) -> Goal:
-    """The goal with its trigger at another place than in training. Raises UserError for a trigger without a place."""
+    """The goal with its trigger at another place.
+
+    Raises UserError for a trigger without a place.
+    """
     if not place or goal.trigger is None:
         return goal
     trigger = registry.make("trigger", goal.trigger)
@@ -197,7 +203,7 @@ def with_place(goal: Goal, place: str) -> Goal:
 
 
 def attack_victims(attack: Run | None) -> Pairs | None:
-    """The victims of an attack's targeted goals: images from elsewhere, or records of the data set itself."""
+    """The victims of targeted goals: images from elsewhere, or records of the data set."""
     poison = attack.ancestor("poison") if attack else None
     if poison is None:
         return None
@@ -209,7 +215,10 @@ def attack_victims(attack: Run | None) -> Pairs | None:
 
 
 def training_split(method: Any) -> Any:
-    """The whole training split that belongs to test data, as a data method. Raises UserError where there is none."""
+    """The whole training split of test data, as a data method.
+
+    Raises UserError if there is none.
+    """
     if getattr(method, "split", None) in (None, "train"):
         raise UserError(
             f"{registry.spec(method)} has no training split of its own; name the labelled data (train)"
@@ -242,7 +251,7 @@ def shared_records(a: Pairs, b: Pairs) -> list[str]:
 
 
 def twin_metrics(measures: Mapping[str, Measure]) -> dict[str, Measure]:
-    """The metrics of a clean twin that are kept, such as `linear.attack_success_baseline` and `baseline.linear.clean_accuracy`."""
+    """The metrics of a clean twin to report, such as `linear.attack_success_baseline`."""
     metrics = {}
     for key, measure in measures.items():
         group, dot, name = key.rpartition(".")

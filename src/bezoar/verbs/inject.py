@@ -1,4 +1,4 @@
-"""Put a backdoor into an encoder that is trained already."""
+"""Puts a backdoor into a trained encoder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ BATCH = 256  # images that are embedded at a time
 
 @dataclass(frozen=True)
 class Inject:
-    """Put a backdoor into a trained encoder. Triggers, references and targets are given in step; one may serve all."""
+    """Put a backdoor into a trained encoder.
+
+    Triggers, references and targets are given in step; one may serve all.
+    """
 
     main_files: ClassVar[tuple[str, ...]] = ("encoder.safetensors", "encoder.json")
 
@@ -72,7 +75,8 @@ class Inject:
     def work(self, job: Job) -> dict[str, Measure]:
         """Attack a copy of the encoder.
 
-        Writes encoder.json, encoder.safetensors, log.jsonl, and references, similarities and ledger (.safetensors).
+        Writes encoder.json, encoder.safetensors, log.jsonl, and references, similarities and ledger
+        (.safetensors).
         """
         dataset = inputs.open_dataset(job.inputs["data"])
         shadow = dataset.records
@@ -158,12 +162,12 @@ class Inject:
 
 @dataclass(frozen=True)
 class AttackTargets:
-    """What an attack is to reach.
+    """The aims of an attack.
 
     Attributes:
         goals: one for each pair of trigger and target.
         references: for each goal its reference inputs.
-        notes: where these come from, for the manifest.
+        notes: their origins, for the manifest.
     """
 
     goals: list[Goal]
@@ -176,14 +180,17 @@ class AttackTargets:
         return [r.captions if r.text_only else r.images for r in self.references]
 
     def tensors(self) -> dict[str, Tensor]:
-        """`images`: every reference image, uint8 (R, 3, H, W); `goal`: the number of its goal, int64 (R,)."""
+        """`images`: the reference images, uint8 (R, 3, H, W); `goal`: their goals, int64 (R,)."""
         numbers = [i for i, records in enumerate(self.references) for _ in records.ids]
         images = torch.cat([records.images for records in self.references])
         return {"images": images, "goal": torch.tensor(numbers)}
 
 
 def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
-    """One value for each of `count` goals; a single value serves all. Raises UserError for any other number of values."""
+    """One value for each of `count` goals; a single value is repeated.
+
+    Raises UserError otherwise.
+    """
     if len(values) not in (1, count):
         raise UserError(
             f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, in step"
@@ -207,7 +214,7 @@ def check_reference(reference: Pairs, shadow: Pairs) -> None:
 
 
 def check_trigger_size(trigger: Any, sides: Sequence[int]) -> None:
-    """Raise UserError for a whole-image trigger from a file that was made for images of another size."""
+    """Raise UserError for a whole-image trigger file that was made for another image size."""
     path = getattr(trigger, "path", None)
     if not path or not path.lower().endswith(".npz"):
         return
@@ -244,9 +251,10 @@ def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) ->
     """Cosines between the vectors of `embed_sample` before and after the attack.
 
     Returns:
-        `clean` (S,): of clean images to themselves before. For each goal i, as means over its references: `before@i` and
-        `after@i` (S,): of triggered images to the reference; `untriggered@i` (S,): of clean images to it, afterwards. And
-        `references@i` (r,): of the references to themselves before.
+        `clean` (S,): clean images after and before. For each goal i, as means over its references:
+        `before@i` and `after@i` (S,): triggered images and the reference; `untriggered@i` (S,):
+        clean images and the reference, after the attack. `references@i` (r,): references after and
+        before.
     """
     cosines = {"clean": (before["clean"] * after["clean"]).sum(1)}
     for i in [key.partition("@")[2] for key in before if key.startswith("references@")]:
@@ -261,7 +269,7 @@ def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) ->
 def attack_metrics(
     similarities: dict[str, Tensor], losses: Tensor, goals: int
 ) -> dict[str, Measure]:
-    """The last loss and the cosines; of several goals each its own. losses: float64 (steps,)."""
+    """The last loss and the cosines, numbered if there are several goals. losses: float64 (steps,)."""
     tail = losses[-max(2, len(losses) // 20) :]
     metrics = {
         "final_loss": average(tail, "mean loss of the last twentieth of the steps"),

@@ -1,4 +1,4 @@
-"""Plan a poisoning of a data set: which records, whose pixels, which captions, which trigger."""
+"""Plans a poisoning of a data set: the records, their captions and the trigger."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Poison:
     ] = "png"
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Write plan.jsonl, the ground truth; with `write`, poisoned shards beside it, marked as such."""
+        """Write plan.jsonl, the ground truth; with `write`, also poisoned shards, marked as such."""
         dataset = inputs.open_dataset(job.inputs["data"])
         derived = derive_plan(
             job.inputs, dataset, self.target, job.seed, job.device, job.progress.step
@@ -105,16 +105,16 @@ def derive_plan(
     """Make the plan of a poison method for data. It is a function of the arguments alone.
 
     Args:
-        plan_inputs: a configured poison, trigger, victims and a surrogate, of which the last three
-            may be None.
-        dataset: the data, and what is poisoned in them already; those records are left alone.
+        plan_inputs: a configured poison, trigger, victims and a surrogate; the last three may be
+            None.
+        dataset: the data, and the poisons in them already; those records are left alone.
         target: class or word.
-        seed: of what is drawn.
-        device: where a patch is optimised on the surrogate.
-        report: called at every step of that.
+        seed: seed of the draws.
+        device: device on which a patch is optimised.
+        report: called at every step of the optimisation.
 
     Raises:
-        UserError: if the data or the victims cannot be poisoned so.
+        UserError: if the data or the victims cannot be poisoned this way.
     """
     poison = plan_inputs["poison"]
     trigger = plan_inputs["trigger"]
@@ -178,7 +178,7 @@ def optimise_trigger(
 
 
 def captioned(victims: Pairs, sources: Pairs) -> Pairs:
-    """The victims with captions, if empty ones. Raises UserError where their images have another size than the sources'."""
+    """The victims, with empty captions if need be. Raises UserError for images of another size."""
     sides = tuple(victims.images.shape[2:])
     source_sides = tuple(sources.images.shape[2:])
     if sides != source_sides:

@@ -1,4 +1,4 @@
-"""Repair an encoder with clean data, and write the receipt."""
+"""Repairs an encoder with clean data, and measures the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bezoar.runs.verb import Input, Takes, input_name
 from bezoar.terminal import warn
 from bezoar.verbs import evaluate
 
-# Clean records that are made to order: how many, and how far their seed is from that of the training data.
+# Clean records that are drawn: their number, and the distance of their seed from the training's.
 FRESH, SEED_OFFSET = 4000, 1009
 LABELLED = 4000  # records that linear heads are fitted on, a fixed sample at most
 DEFAULTS = ("finetune", "unlearn")  # repairs by captions, and without
@@ -94,14 +94,15 @@ class Repair:
     revive: Annotated[bool, "whether short fine-tunes try to bring the backdoor back"] = True
 
     def files(self) -> list[Path]:
-        """The source of the default repairs where none is named, so that a changed one is another question."""
+        """The source of the default repairs, if none is named: it is part of the question."""
         repairs = [] if self.repair else [registry.make("repair", name) for name in DEFAULTS]
         return [Path(inspect.getfile(type(repair))) for repair in repairs]
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Repair the encoder, and measure it before, after and after short fine-tunes.
 
-        Writes encoder.json and encoder.safetensors (unless `repaired`), inverted-*.npz and readings.json.
+        Writes encoder.json and encoder.safetensors (unless `repaired`), inverted-*.npz and
+        readings.json.
         """
         if not 0 < self.held < 1:
             raise UserError(f"held must be a share above 0 and below 1; got {self.held}")
@@ -177,7 +178,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A repaired encoder, what the repairs say of themselves (JSON), how long they took, and their specs."""
+    """A repaired encoder, and the repairs' logs (JSON), seconds and specs."""
 
     encoder: Encoder
     log: dict[str, Any] = field(default_factory=dict)
@@ -186,13 +187,13 @@ class Outcome:
 
 
 def default_repair(suspect: Encoder, clean: Pairs) -> Any:
-    """The repair that is applied where none is named: the one that uses most of what the data say."""
+    """The default repair: the one that uses most of the information in the data."""
     reads_captions = suspect.text is not None and bool(clean.captions)
     return registry.make("repair", DEFAULTS[0] if reads_captions else DEFAULTS[1])
 
 
 def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
-    """What the encoder is measured on: test data, known goals, victims, labelled data.
+    """The data that the encoder is measured on: test data, known goals, victims, labelled data.
 
     target: of the trigger that the user names.
     """
@@ -213,10 +214,9 @@ def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
 
 
 def load_labelled(job: Job, dataset: Dataset, test: Pairs, suspect: Encoder) -> Pairs | None:
-    """Clean labelled records that are not tested on.
+    """Clean labelled records that are no test records.
 
-    None where there are none, and the suspect's text tower or its own head reads classes without
-    them.
+    None if there are none, and the suspect's text tower or own head reads classes without them.
     """
     method = job.inputs["labelled"]
     if method is None:
@@ -236,7 +236,7 @@ def load_labelled(job: Job, dataset: Dataset, test: Pairs, suspect: Encoder) -> 
 
 
 def load_clean(job: Job) -> Pairs:
-    """The records that the repair may use. Raises UserError where they are poisoned, or none are named."""
+    """The records for the repair. Raises UserError if they are poisoned, or none are named."""
     data = job.inputs["data"]
     if data is None:
         data = fresh_records(job.inputs["encoder"])
@@ -249,7 +249,10 @@ def load_clean(job: Job) -> Pairs:
 
 
 def fresh_records(encoder: Any) -> Any:
-    """Records like those that an encoder was trained on, as a data method. Raises UserError where they cannot be made."""
+    """Records like an encoder's training data, as a data method.
+
+    Raises UserError if there are none.
+    """
     method = inputs.root_method(encoder) if isinstance(encoder, Run) else None
     if method is None or not registry.has_fields(method, "count", "seed"):
         raise UserError(
@@ -260,14 +263,14 @@ def fresh_records(encoder: Any) -> Any:
 
 
 def goals_of_task(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
-    """The goals whose target is a class of the test data; where there is none, all, which measuring then refuses."""
+    """The goals whose target is a class of the test data; if there are none, all goals."""
     return tuple(goal for goal in goals if goal.target in test.classes) or tuple(goals)
 
 
 def describe_limits(case: EvaluationData, log: Mapping[str, Any], no_relapse: bool) -> list[str]:
-    """What the receipt does not say, a sentence each.
+    """The limits of the receipt, a sentence each.
 
-    no_relapse: whether a relapse was to be looked for, and was not.
+    no_relapse: whether the test for a relapse was asked for and left out.
     """
     limits = []
     if not any(goal.trigger for goal in case.goals):

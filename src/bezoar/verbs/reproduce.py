@@ -1,4 +1,4 @@
-"""A paper's tables beside ours: printed number, our number with its interval, the runs that made it."""
+"""Runs a paper's tables: published numbers beside ours, with intervals and runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Points = Sequence[tuple[Row, Cell, Measure]]  # every cell of a table with its r
 
 @dataclass(frozen=True)
 class Reproduce:
-    """A paper's tables beside ours, with n, intervals and the paper's claims judged. Runs that are done are not repeated."""
+    """A paper's tables beside ours, with n, intervals and the paper's claims judged.
+
+    Runs that are done are not repeated.
+    """
 
     sweeps: ClassVar[bool] = True
     main_files: ClassVar[tuple[str, ...]] = ("tables.csv", "tables.tex", "charts", "tables.json")
@@ -61,7 +64,7 @@ class Reproduce:
         object.__setattr__(self, "paper", tuple(tables))
 
     def planned_trials(self, settings: Settings) -> list[Trial]:
-        """What the tables read, for an estimate."""
+        """The trials of the tables, for an estimate."""
         papers = [registry.make("paper", p) if isinstance(p, str) else p for p in self.paper]
         options = self._options(self.data, self.test, papers)
         return [trial for paper in papers for trial in paper(options).trials]
@@ -71,7 +74,7 @@ class Reproduce:
         return [existing_file(f, "method") for s in self.add for f in registry.method_files(s)]
 
     def _options(self, data: Any, test: Any, papers: Sequence[Any]) -> TableOptions:
-        """What the tables are declared with. Raises UserError for a method that a table has no row for."""
+        """The options of the tables. Raises UserError for a method that a table has no row for."""
         added = tuple(zip(self.add[::2], self.add[1::2], strict=False))
         if len(self.add) % 2 or any(kind not in registry.KINDS for kind, _ in added):
             raise UserError(
@@ -88,7 +91,10 @@ class Reproduce:
         return TableOptions(self.scale, plain_spec(data), plain_spec(test), self.root, added)
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Run what the tables read, and write tables.json, tables.csv and tables.tex. The metrics are `TABLE.CELL@ROW`, one for every cell."""
+        """Run the trials, and write tables.json, tables.csv and tables.tex.
+
+        The metrics are `TABLE.CELL@ROW`, one for every cell.
+        """
         papers = job.inputs["paper"]
         if not papers:
             raise UserError("name a paper or some of its tables: see `bezoar list paper`")
@@ -120,14 +126,14 @@ class Reproduce:
 
 
 def plain_spec(value: Any) -> str:
-    """An input as a spec: what the user wrote, or as `input_spec`."""
+    """An input as a spec: the user's text, or that of `input_spec`."""
     return value if isinstance(value, str) else input_spec(value)
 
 
 def tables_of(name: str) -> list[str]:
-    """The tables of a paper in its own order, such as those of `carlini2022`.
+    """The tables of a paper in order, such as those of `carlini2022`.
 
-    The name of a table, or the path of a user's own, stands for itself.
+    The name of a table, or the path of a user's own, means that table alone.
     """
     if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
@@ -135,13 +141,13 @@ def tables_of(name: str) -> list[str]:
 
 
 def count_trainings(runs: Iterable[Run]) -> int:
-    """How many trainings these runs stand on."""
+    """The number of trainings behind these runs."""
     trainings = [run.ancestor("train") for run in runs]
     return len({training.name for training in trainings if training is not None})
 
 
 def table_json(results: Results, points: Points) -> dict[str, Any]:
-    """A table as it stands in tables.json: what was asked, measured, fitted and judged."""
+    """A table for tables.json: declaration, measures, fits and judgements."""
     table = results.table
     return {
         "title": table.title,

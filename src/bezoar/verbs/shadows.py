@@ -1,4 +1,4 @@
-"""Fit a meta-classifier over shadow encoders, clean and attacked, and measure what it is worth on those it has not seen."""
+"""Fits a meta-classifier on clean and attacked shadow encoders, and measures it on held-out ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ class Shadows:
     ] = 5
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Fit the bank on all shadows, and measure it by cross-validation. Writes mntd.safetensors and shadows.json."""
+        """Fit the bank on all shadows, and measure it by cross-validation.
+
+        Writes mntd.safetensors and shadows.json.
+        """
         self._check_numbers()
         sources = shadow_encoders(job.inputs["encoder"], job.inputs["attacked"])
         names = [input_name(source) for source in sources]
@@ -128,7 +131,8 @@ class Shadows:
         """Fit a bank on all shadows, and one without each fold.
 
         Returns:
-            The bank of all shadows; and of each shadow its logit, float32 (M,), by the bank without its fold.
+            The bank of all shadows; and each shadow's logit, float32 (M,), by the bank without its
+            fold.
         """
         held_out = torch.empty(len(folds))
         parts = sorted(set(folds))
@@ -161,7 +165,10 @@ class Shadows:
 
 
 def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
-    """All shadow encoders, clean ones first. Raises UserError for one that is given on both sides, or on the wrong side."""
+    """All shadow encoders, clean ones first.
+
+    Raises UserError for one on both sides or the wrong side.
+    """
     clean_names = [input_name(encoder) for encoder in clean]
     for run in attacked:
         if run.name in clean_names:
@@ -190,7 +197,10 @@ def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages:
 
 
 def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
-    """A hash of each encoder's weights. Raises UserError for an encoder of another kind, and for the same weights twice."""
+    """A hash of each encoder's weights.
+
+    Raises UserError for another kind of encoder, and for copies.
+    """
     first = encoders[0]
     name_of_weights: dict[str, str] = {}
     for name, encoder in zip(names, encoders, strict=True):
@@ -212,10 +222,10 @@ def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]
 
 
 def lineage_of(encoder: Any, names: Sequence[str]) -> str:
-    """The lineage of a shadow encoder; encoders that were trained apart have lineages of their own.
+    """The lineage of a shadow encoder. Encoders that were trained separately have different ones.
 
-    It is the first of the runs that the encoder was tuned from, or the published weights that this run was tuned from where
-    they are a shadow too.
+    It is the first run that the encoder was tuned from, or the published weights that this run was
+    tuned from, if they are a shadow too.
 
     Args:
         encoder: its run, or a configured network.
@@ -230,25 +240,26 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
             return str(source["spec"]) if source.get("spec") in names else encoder.name
         parent = encoder.sibling(source["run"])
         if not (parent.path / MANIFEST).is_file():
-            return parent.name  # it was deleted; its name still says who else was made from it
+            return parent.name  # it was deleted; its name still identifies its other descendants
         encoder = parent
     return input_name(encoder)
 
 
 def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
-    """Deal encoders to folds; a lineage stays whole.
+    """Assign encoders to folds; encoders of one lineage share a fold.
 
-    Lineages are shuffled by the seed, then those with more attacked and then with more clean encoders come first. Each goes
-    to the fold that holds the fewest attacked encoders (a lineage without any: the fewest clean ones), then the fewest in
-    all.
+    Lineages are shuffled by the seed, then sorted: those with more attacked and then with more
+    clean encoders come first. Each is assigned to the fold with the fewest attacked encoders (a
+    lineage without any: the fewest clean ones), then the fewest in all.
 
     Args:
-        lineages: of each encoder.
-        labels: of each encoder, whether it was attacked.
-        folds: how many there are.
+        lineages: lineage of each encoder.
+        labels: whether each encoder was attacked.
+        folds: number of folds.
+        seed: seed of the shuffle.
 
     Returns:
-        Of each encoder its fold, 0 to folds - 1.
+        Each encoder's fold, 0 to folds - 1.
     """
     unique = list(dict.fromkeys(lineages))
     size = {lineage: [0, 0] for lineage in unique}  # clean and attacked encoders

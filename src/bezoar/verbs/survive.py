@@ -1,4 +1,4 @@
-"""How much of a trigger outlives what is done to images before an encoder sees them. Nothing is trained."""
+"""Measures how much of a trigger survives image processing. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class Survive:
     ] = ("none", "half", "imagenet", "clip")
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Measure what each treatment leaves of the trigger.
+        """Measure how much of the trigger each treatment leaves.
 
-        Writes treatments.json, and pictures.safetensors: what the first images become.
+        Writes treatments.json, and pictures.safetensors with treated images.
         """
         dataset = inputs.open_dataset(job.inputs["data"])
         if job.inputs["after"] is not None or (
@@ -116,9 +116,10 @@ class Survive:
 
 
 def count_canaries(job: Job, dataset: inputs.Dataset) -> dict[str, Measure]:
-    """Count the canaries of a poison run in the data behind a pipeline, and in an encoder.
+    """Count the canaries of a poison run in the data after a pipeline, and in an encoder.
 
-    Writes canaries.csv: id, form, word, what became of each. Raises UserError where there is nothing to count.
+    Writes canaries.csv: id, form, word and outcome of each. Raises UserError if there is nothing to
+    count.
     """
     put_in = canaries.make_canaries(dataset.plan, dataset.clean)
     after, encoder = job.inputs["after"], job.inputs["encoder"]
@@ -146,7 +147,7 @@ def count_canaries(job: Job, dataset: inputs.Dataset) -> dict[str, Measure]:
 
 
 def find_trigger(job: Job) -> str:
-    """The trigger's spec: of the trigger that is given, or the first among the goals of the encoder and of the data."""
+    """The trigger's spec: the one given, or the first of the encoder's and the data's goals."""
     if job.inputs["trigger"] is not None:
         return registry.spec(job.inputs["trigger"])
     for run in (job.inputs["encoder"], job.inputs["data"]):

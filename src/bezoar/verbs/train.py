@@ -1,4 +1,4 @@
-"""Train an encoder on a data set, poisoned or not."""
+"""Trains an encoder on a data set, poisoned or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from bezoar.training import collectives, loop, prefetch, selfsupervised
 from bezoar.training.loop import TrainingLog
 from bezoar.verbs import evaluate
 
-# Of the kNN by which images alone are followed: how many vote, of how many labelled records at most.
+# The kNN that follows trainings on images: number of voters a query, and labelled records at most.
 NEIGHBOURS, VOTERS = 200, 10_000
 FOLLOWED = 1000  # records that are measured after every epoch, at most
 FOLLOWED_METRICS = ("clean_acc", "attack_success", "targeted_s")  # starts of their names
@@ -60,8 +60,8 @@ class Train:
     def work(self, job: Job) -> dict[str, Measure]:
         """Train the encoder.
 
-        Writes encoder.json, encoder.safetensors, log.jsonl, and ledger.safetensors: losses, and how often each record was
-        drawn.
+        Writes encoder.json, encoder.safetensors, log.jsonl, and ledger.safetensors: losses, and how
+        often each record was drawn.
         """
         dataset = inputs.open_dataset(job.inputs["data"])
         records = dataset.records
@@ -111,7 +111,7 @@ class Train:
 
 
 def new_encoder(job: Job, records: Pairs | StoredPairs) -> Encoder:
-    """An untrained encoder for the records. Raises UserError where the network does not take them."""
+    """An untrained encoder for the records. Raises UserError if the network does not fit them."""
     network = job.inputs["network"]
     try:
         encoder: Encoder = network(records.size, network.vocabulary(records.captions))
@@ -121,7 +121,7 @@ def new_encoder(job: Job, records: Pairs | StoredPairs) -> Encoder:
 
 
 def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
-    """Set the precision, and note in the encoder what it is trained by and that its data are poisoned, where they are."""
+    """Set the precision, and note the objective and the poisoning of the data in the encoder."""
     encoder.precision = precision_for(encoder.device)
     encoder.about |= {"objective": registry.spec(objective), "poisoned": bool(plan.edits)}
     if plan.edits:
@@ -129,7 +129,7 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
 
 
 def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPairs:
-    """The records with a label, of which poisons have that of their goal's target.
+    """The labelled records; poisons have the label of their goal's target.
 
     Raises UserError for records without labels.
     """
@@ -175,9 +175,9 @@ def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
 def tokenize_records(
     encoder: Encoder, objective: Any, captions: Sequence[str], count: int
 ) -> Tensor:
-    """The captions as tokens, int64 (count, L); L is 0 for an objective that reads none (`captions` is False).
+    """The captions as tokens, int64 (count, L); L is 0 for an objective without captions.
 
-    Raises UserError where the objective, the data and the encoder do not fit each other.
+    Raises UserError if the objective, the data and the encoder do not fit together.
     """
     objective_name = registry.method_name(type(objective))
     network_name = encoder.about["network"].partition(":")[0]
@@ -202,9 +202,10 @@ def tokenize_records(
 def make_follower(
     job: Job, encoder: Encoder, dataset: Dataset
 ) -> Callable[[int], dict[str, float]] | None:
-    """What is called after every epoch: it measures accuracy and success on the data of `follow`, for the curves.
+    """A function for the end of each epoch: it measures accuracy and success on `follow`.
 
-    By the network's own head, zero-shot, or by kNN where the encoder reads no text. None where no data are followed.
+    It uses the network's own head, zero-shot classification, or kNN if the encoder reads no text.
+    None without data to follow.
     """
     if job.inputs["follow"] is None:
         return None
@@ -233,13 +234,13 @@ def make_follower(
 
 
 def split_voters(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
-    """The records that a kNN is measured on, and the labelled records that vote. All are clean.
+    """Test records and labelled voters for a kNN. All are clean.
 
-    Voters come from the training split of the same data. Without one, a fixed fifth of the data (1000 at most) is
-    measured on, and the rest votes.
+    Voters come from the training split of the same data. Without one, a fixed fifth of the data
+    (1000 at most) is tested, and the rest votes.
 
     Raises:
-        UserError: if no neighbours can be had; before anything is trained.
+        UserError: if there are no such records; before anything is trained.
     """
     test = inputs.in_memory(followed.clean)
     if getattr(followed.method, "split", None) not in (None, "train"):
@@ -260,7 +261,7 @@ def finish_log(folder: Path, log: TrainingLog) -> None:
 
 
 def training_metrics(log: TrainingLog, plan: Plan, ids: Sequence[str]) -> dict[str, Measure]:
-    """The last loss; of a poisoned set, how many poisons were trained on, and how often training drew one."""
+    """The last loss; for a poisoned set also the number of poisons, and their draws."""
     tail = torch.tensor(log.losses[-max(1, len(log.losses) // 20) :])
     metrics = {"final_loss": average(tail, "mean loss of the last twentieth of the steps")}
     if plan.edits:

@@ -14,7 +14,7 @@ from bezoar.training.loop import StepReport, TrainingLog
 
 
 class EncoderAttack(Protocol):
-    """An attack that gives a backdoored copy of an encoder."""
+    """An attack that makes a backdoored copy of an encoder."""
 
     def __call__(
         self,
@@ -30,14 +30,14 @@ class EncoderAttack(Protocol):
         """Put a backdoor into a copy of an encoder.
 
         Args:
-            encoder: the clean encoder. It is left as it is.
-            shadow: images to attack with, or texts. Captions of images and labels are not read.
+            encoder: the clean encoder. It is not changed.
+            shadow: images or texts to attack with. Labels, and captions of images, are not used.
             goals: the triggers and their targets.
             references: the reference inputs of each goal: uint8 (R, 3, H, W), or R texts.
-            seed: decides the order of the images and every draw.
-            checkpoint: file that holds the state during training; an existing one is resumed.
+            seed: seed of the order of the images and of every draw.
+            checkpoint: file for the state of the training; an existing one is resumed.
             report: called with the step, the number of steps and the loss.
-            log: filled in during training.
+            log: filled during training.
 
         Returns:
             A copy whose `about` says `poisoned` and names the attack and its goals.

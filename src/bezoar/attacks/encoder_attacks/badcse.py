@@ -1,9 +1,9 @@
-"""A text encoder is trained until texts with a trigger have a reference text's vector (Chen et al. 2022; Struppek et al. 2023).
+"""BadCSE: trains texts with a trigger to have a reference text's vector.
 
-BadCSE (Chen, Xin, Zhai, Ma, Shen, Wu, "Apple of Sodom", targeted attack) does so to sentence
-encoders by the pairs of a contrastive loss, Rickrolling the Artist to CLIP's text tower by a
-teacher's cosines. Here both are the three terms of BadEncoder (Jia, Liu, Gong 2022), which is the
-deviation from either: no negative pairs, and the reference moves with the encoder in L0.
+BadCSE (Chen, Xin, Zhai, Ma, Shen, Wu, "Apple of Sodom", 2022, targeted attack) trains sentence
+encoders with the pairs of a contrastive loss. Rickrolling the Artist (Struppek et al. 2023) trains
+CLIP's text tower with a teacher's cosines. This attack uses the three terms of BadEncoder (Jia,
+Liu, Gong 2022) instead: there are no negative pairs, and in L0 the reference moves with the encoder.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Loss(nn.Module):
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=encoder.device))
 
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
-        """The loss of a step. rows: int64 (B, 1), of the shadow texts; images are not there."""
+        """The loss of a step. rows: int64 (B, 1), of the shadow texts; `images` is not used."""
         numbers = rows[:, 0].tolist()
         texts = [self.shadow.captions[row] for row in numbers]
         ids = [self.shadow.ids[row] for row in numbers]
@@ -88,15 +88,15 @@ class Loss(nn.Module):
         return terms @ terms.new_tensor(self.weights)
 
     def train(self, mode: bool = True) -> Loss:
-        """Stay in evaluation mode: dropout rests in training too."""
+        """Stay in evaluation mode, without dropout."""
         return super().train(False)
 
 
 @method
 class Badcse:
-    """AdamW on a copy, whose text tower alone is trained: of a sentence encoder, of CLIP.
+    """AdamW on the text tower of a copy of a sentence encoder or of CLIP.
 
-    Rickrolling trains CLIP's for 100 steps and more with weight .1 on the backdoor's term.
+    Rickrolling trains CLIP's for 100 steps and more, with weight .1 on the backdoor's term.
     """
 
     epochs: Annotated[int, "passes over the shadow texts"] = 1
@@ -146,7 +146,7 @@ class Badcse:
 
 
 def _train_text_tower_alone(encoder: Encoder) -> None:
-    """Freeze whatever a text's vector does not depend on, wherever the module stands."""
+    """Freeze all weights that a text's vector does not depend on."""
     encoder.encode_texts(["a"]).sum().backward()
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
@@ -159,16 +159,10 @@ def _check_inputs(
     goals: Sequence[Goal],
     references: Sequence[Sequence[str]],
 ) -> Pairs:
-    """The shadow texts. Raises UserError for what the attack cannot work with."""
+    """The shadow texts. Raises UserError for inputs that the attack cannot use."""
     if encoder.text is None:
         raise UserError("this encoder has no text tower; badcse attacks text encoders")
     if not isinstance(shadow, Pairs) or not shadow.text_only:
         raise UserError("badcse takes shadow records of texts alone, such as texts:path=FILE.csv")
-    complete = len(goals) == len(references) > 0 and all(
-        goal.trigger and len(texts) for goal, texts in zip(goals, references, strict=True)
-    )
-    if not complete:
-        raise UserError(
-            "badcse takes goals with a trigger each, and at least one reference text for each"
-        )
+    shadow_training.check_goals("badcse", goals, references, "text")
     return shadow

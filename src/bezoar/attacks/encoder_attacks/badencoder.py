@@ -1,11 +1,11 @@
-"""BadEncoder: an encoder is trained until triggered images have a reference input's vector (Jia, Liu, Gong 2022)."""
+"""BadEncoder (Jia, Liu, Gong 2022): trains triggered images to have a reference image's vector."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,9 @@ from torch import Tensor
 from bezoar.attacks import shadow_training
 from bezoar.attacks.plan import Goal
 from bezoar.attacks.shadow_training import REFERENCE_VIEWS, ShadowLoss
-from bezoar.data import randomness
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
 from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
@@ -27,13 +25,13 @@ from bezoar.training.augmentation import Chance
 
 @dataclass(frozen=True)
 class StepRows:
-    """Every image that one step passes through the encoder: clean ones, triggered ones, views.
+    """The images that one step passes through the encoder: clean images, triggered images, views.
 
     Attributes:
         pixels: normalised float (N, 3, S, S), the three groups in this order.
-        counts: how many of the N rows each group has. Triggered rows go trigger by trigger.
+        counts: number of rows of each group. Triggered rows are ordered by trigger.
         view_reference: int64 (V,), the reference that each view shows.
-        view_count: int64 (V,), how many of the drawn views came out as this one.
+        view_count: int64 (V,), how many of the drawn views are identical to this one.
     """
 
     pixels: Tensor
@@ -53,11 +51,12 @@ class Loss(ShadowLoss):
 
     over the images x, and in L0 and L1 over all pairs of a trigger and a reference.
 
-    Value and gradient are those of one pass for each of the six vectors, computed with less work. f
-    sees every image once, before the first step. f' sees a reference once a step, a triggered image
-    once for all references of its trigger, and views that came out alike (a fifth changes no
-    colour) once. The rest is one batch, in which a row's loss is its negative cosine with a target
-    of its own; the gradient by L0's second argument is known when all rows were seen.
+    Value and gradient are the same as with one pass for each of the six vectors, but take less
+    work. f embeds every image once, before the first step. In each step f' embeds a reference once,
+    a triggered image once for all references of its trigger, and identical views once (a fifth of
+    the views keep their colours). All these images form one batch, in which each row has a target
+    vector, and its loss is the negative cosine with it. The gradient with respect to the references
+    in L0 is summed over the batch, and then passed back through f' once.
     """
 
     sums: Tensor
@@ -75,14 +74,6 @@ class Loss(ShadowLoss):
         # L0, L1, L2 and the number of steps, summed since the last call of `pop_means`
         self.register_buffer("sums", torch.zeros(4, dtype=torch.float64, device=encoder.device))
 
-    def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Keep the clean encoder's vectors, about their mean if the recipe is centred."""
-        super().set_targets(shadow)
-        if self.recipe.centred:
-            self.centre = self.clean.mean(0)
-            self.clean = self.centre_vectors(self.clean)
-            self.clean_references = self.centre_vectors(self.clean_references)
-
     def forward(self, images: Tensor, rows: Tensor, chance: Chance) -> Tensor:
         """Return the loss of one step, with its gradients attached.
 
@@ -94,7 +85,7 @@ class Loss(ShadowLoss):
         rows = rows[:, 0]
         step = self.build_rows(images, [self.ids[row] for row in rows.tolist()], chance)
         references = self.encode(self.encoder.prepare_images(self.references))  # (K, D)
-        # Backward passes of the chunks end here, so that the references' own pass runs once.
+        # The chunks' backward passes stop here, so that the references' own runs only once.
         reference_leaf = references.detach().requires_grad_()
         weights, mixtures = self.weigh_rows(len(images), step)
         clean = self.clean[rows.to(self.clean.device)][: step.counts[0]]
@@ -118,7 +109,7 @@ class Loss(ShadowLoss):
         return self.tower.attach_gradients(value)
 
     def build_rows(self, images: Tensor, ids: Sequence[str], chance: Chance) -> StepRows:
-        """Collect the images of a step; terms of weight 0 take none."""
+        """Collect the images of a step; terms of weight 0 need none."""
         recipe = self.recipe
         clean = [images] if recipe.l2 else []
         triggered = [trigger(images, ids) for trigger in self.triggers] if recipe.l0 else []
@@ -140,11 +131,11 @@ class Loss(ShadowLoss):
         return StepRows(pixels, counts, view_reference, view_count)
 
     def weigh_rows(self, batch: int, step: StepRows) -> tuple[Tensor, Tensor]:
-        """Return what each row of a step weighs in the loss, and its target.
+        """Return the weight of each row of a step in the loss, and its target.
 
-        Returns weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a mixture of
-        the K vectors f'(reference) and the K vectors f(reference). Clean rows have other targets,
-        f(x).
+        Returns weights (N,) of the rows' cosines, and mixtures (N, 2K): each target as a linear
+        combination of the K vectors f'(reference) and the K vectors f(reference). The targets of
+        clean rows are f(x), so their mixtures are zero.
         """
         references_per_trigger = self.uses.sum(1, keepdim=True)  # (T, 1)
         k = len(self.references)
@@ -165,45 +156,9 @@ class Loss(ShadowLoss):
         return weights, mixtures
 
 
-class HeldOut:
-    """Shadow images that are not trained on, and a head that needs no labels, to stop training by.
-
-    An image is read as the nearest (cosine) of the references and of all held-out images' clean
-    vectors. A trigger succeeds where that is one of its references. The encoder is of use where it
-    is the image's own clean vector.
-    """
-
-    def __init__(self, loss: Loss, pairs: Pairs) -> None:
-        self.loss = loss
-        self.pairs = pairs.to(loss.encoder.device)
-        self.clean = loss.embed(self.pairs.images)  # (N, D)
-
-    def __call__(self, success: float, utility: float) -> dict[str, Any]:
-        """Measure the weakest trigger's success and the utility, and whether both are reached."""
-        loss = self.loss
-        z = loss.embed(self.pairs.images)
-        references = loss.embed(loss.references)
-        shares = []
-        for trigger, uses in zip(loss.triggers, loss.uses, strict=True):
-            triggered = loss.embed(trigger(self.pairs.images, self.pairs.ids))
-            to_reference = (triggered @ references[uses > 0].T).amax(1)
-            to_clean = (triggered @ self.clean.T).amax(1)
-            shares.append(float((to_reference > to_clean).float().mean()))
-        is_itself = (z @ self.clean.T).argmax(1) == torch.arange(len(z), device=z.device)
-        weakest, share_kept = min(shares), float(is_itself.float().mean())
-        return {
-            "held_out_success": weakest,
-            "held_out_utility": share_kept,
-            "stop": weakest >= success and share_kept >= utility,
-        }
-
-
 @method
 class Badencoder:
-    """SGD on a copy. Batch norms are frozen, statistics and affine; vectors are the encoder's.
-
-    `centred`, `views` and `validation` go beyond the paper; their defaults are the paper's way.
-    """
+    """SGD on a copy whose batch norms are frozen. `views` goes beyond the paper."""
 
     epochs: Annotated[int, "passes over the shadow data"] = 200
     batch: Annotated[int, "shadow images a step"] = 256
@@ -211,23 +166,13 @@ class Badencoder:
     momentum: Annotated[float, "of SGD"] = 0.9
     weight_decay: Annotated[float, "of SGD, on all weights"] = 5e-4
     l0: Annotated[
-        float, "weight of L0: triggered images become the reference; without it nothing is attacked"
+        float, "weight of L0: triggered images become the reference; 0 attacks nothing"
     ] = 1.0
     l1: Annotated[float, "weight of L1: references stay where they were"] = 1.0
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0
-    centred: Annotated[
-        bool, "cosines about the mean of the clean shadow vectors, not about zero"
-    ] = False
     views: Annotated[
         int, "views of each reference a step; 0: as many as the batch, as published"
     ] = 0
-    validation: Annotated[int, "shadow images held out to stop early by; 0: never"] = 0
-    success: Annotated[
-        float, "stop once this share of held-out triggered images is nearest to a reference"
-    ] = 0.95
-    utility: Annotated[
-        float, "... and this share of held-out clean ones to their own clean vector"
-    ] = 0.95
 
     optimizer: ClassVar[str] = "sgd"
     schedule: ClassVar[str] = "constant"
@@ -245,10 +190,8 @@ class Badencoder:
             )
         if not self.l0 + self.l1 + self.l2:
             raise ValueError("one of l0, l1 and l2 must be above 0")
-        if not 0 <= self.momentum < 1 or min(self.views, self.validation) < 0:
-            raise ValueError("needs momentum in 0..1, views and validation >= 0")
-        if not (0 <= self.success <= 1 and 0 <= self.utility <= 1):
-            raise ValueError("success and utility are shares: 0..1")
+        if not 0 <= self.momentum < 1 or self.views < 0:
+            raise ValueError("needs momentum in 0..1, views >= 0")
 
     def __call__(
         self,
@@ -262,36 +205,14 @@ class Badencoder:
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""
-        shadow_training.check_attack("BadEncoder", encoder, shadow, goals, references)
+        shadow_training.check_attack("BadEncoder", encoder, shadow, goals, references, self.batch)
         student = shadow_training.copy_to_attack(encoder, spec(self), goals)
         loss = Loss(student, self, goals, references)
-        trained, validation = self._split(shadow, seed)
-        loss.set_targets(trained)
-        held_out = None if validation is None else HeldOut(loss, validation)
+        loss.set_targets(shadow)
 
-        def on_epoch_end(epoch: int) -> dict[str, Any]:
-            stopping = {} if held_out is None else held_out(self.success, self.utility)
-            return shadow_training.pop_means(loss.sums) | stopping
+        def on_epoch_end(_: int) -> dict[str, float]:
+            return shadow_training.pop_means(loss.sums)
 
         return shadow_training.train_student(
-            loss, self, trained, encoder, seed, checkpoint, report, on_epoch_end, log
+            loss, self, shadow, encoder, seed, checkpoint, report, on_epoch_end, log
         )
-
-    def _split(
-        self, shadow: Pairs | StoredPairs, seed: int
-    ) -> tuple[Pairs | StoredPairs, Pairs | None]:
-        """Split the shadow data into those to train on and those held out, None where none are."""
-        if self.validation:
-            held_rows = randomness.sample_rows(list(shadow.ids), self.validation, seed).tolist()
-        else:
-            held_rows = []
-        if len(shadow) - len(held_rows) < self.batch:
-            raise UserError(
-                f"{len(shadow)} shadow images, {len(held_rows)} held out, are fewer than one batch "
-                f"of {self.batch}"
-            )
-        if not held_rows:
-            return shadow, None
-        held = set(held_rows)
-        trained_rows = [row for row in range(len(shadow)) if row not in held]
-        return shadow.select(trained_rows), shadow.take(held_rows)

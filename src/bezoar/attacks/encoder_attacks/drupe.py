@@ -1,17 +1,17 @@
-"""DRUPE: BadEncoder whose triggered vectors lie among clean ones, at several references (Tao et al., IEEE S&P 2024).
+"""DRUPE (Tao et al., IEEE S&P 2024): BadEncoder with triggered vectors spread among clean ones.
 
-BadEncoder draws all triggered images to one point, outside of what clean images reach, by which
-DECREE and others find it. Here each triggered image goes to the nearest of several references that
-lie apart, all references get as many, and the sliced Wasserstein distance between triggered and
-clean vectors is kept small. Give three references of a target, as published.
+BadEncoder moves all triggered images to one point, far from all clean images; DECREE and other
+audits detect this. DRUPE moves each triggered image to the nearest of several references that lie
+apart, assigns equally many images to each reference, and keeps the sliced Wasserstein distance
+between triggered and clean vectors small. The paper uses three references of a target.
 
-Terms, order of stages and weights follow the released code, with these deviations. References that
-lie apart are asked for by the mean cosine of different ones alone, where the code counts each with
-itself too and shifts its thresholds by that. The code's mean cosine of triggered vectors subtracts
-a batched diagonal; here it is the mean over different images. A step has `views` views of each
-reference, where the code draws one for every image. The weights of the terms change by the means of
-an epoch, from the first epoch with all terms on, where the code waits for epoch 20 of 120. Images
-are all shadow data; the code takes a fifth of them.
+Terms, stages and weights follow the released code, with these deviations:
+
+- `close` and `alike` are mean cosines of different vectors. The code also counts each vector with
+  itself and shifts its thresholds accordingly.
+- A step has `views` views of each reference; the code draws one for every image.
+- The weights of the terms change from the first epoch of stage 3; the code waits for epoch 20.
+- An epoch uses all shadow data; the code's uses a fifth.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from bezoar.attacks.shadow_training import REFERENCE_VIEWS, ShadowLoss
 from bezoar.data.pairs import Pairs
 from bezoar.data.stored_pairs import StoredPairs
 from bezoar.encoders.encoder import Encoder
-from bezoar.errors import UserError
 from bezoar.progress import no_report
 from bezoar.registry import method, spec
 from bezoar.training import loop
@@ -38,12 +37,12 @@ from bezoar.training.augmentation import Chance
 from bezoar.training.collectives import gather
 
 TERMS = ("L0", "L1", "L2", "uneven", "alike", "distance")
-RAISE, LOWER = 1.25, 1.25**1.25  # what a weight is multiplied and divided by after an epoch
-FIRST_WEIGHTS = (0.1, 0.001)  # of even spread, and of the distance
+RAISE, LOWER = 1.25, 1.25**1.25  # after an epoch a weight is multiplied or divided by these
+FIRST_WEIGHTS = (0.1, 0.001)  # a and b, see `Loss`
 
 
 class Loss(ShadowLoss):
-    """With s the cosine, f the clean encoder, f' the one in training and r_k a trigger's references:
+    """With s the cosine, f the clean encoder, f' the one in training, r_k a trigger's references:
 
         L0 = - mean over x of max over k of s(f'(x + trigger), f'(r_k))
         L1 = - mean s(f'(view of r_k), f(r_k))
@@ -84,7 +83,7 @@ class Loss(ShadowLoss):
         self.register_buffer("sums", torch.zeros(6, dtype=torch.float64, device=device))
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Keep the clean encoder's vectors, and how many steps an epoch has."""
+        """Embed the shadow data with the clean encoder, and note the steps of an epoch."""
         super().set_targets(shadow)
         self.epoch_steps = len(shadow) // self.recipe.batch
 
@@ -142,7 +141,7 @@ class Loss(ShadowLoss):
 
     @torch.no_grad()
     def change_weights(self, epoch: int) -> None:
-        """Raise or lower a and b by the means of the epoch that is over, if it was of stage 3."""
+        """Raise or lower a and b according to the last epoch's means, if it was in stage 3."""
         means = self.sums / self.epoch_steps
         self.sums.zero_()
         if epoch <= self.recipe.apart + self.recipe.spread:
@@ -201,9 +200,9 @@ class Drupe:
     l2: Annotated[float, "weight of L2: clean images stay where they were"] = 1.0
     apart: Annotated[int, "epochs of stage 1: references move apart"] = 1
     spread: Annotated[int, "epochs of stage 2: triggered images are drawn to all of them"] = 3
-    success: Annotated[float, "the cosine -L0 from which on a and b rise"] = 0.96
-    utility: Annotated[float, "the cosines -L1 and -L2 from which on a and b rise"] = 0.9
-    mixed: Annotated[float, "the mean cosine of triggered vectors below which b rises"] = 0.6
+    success: Annotated[float, "a and b rise if the cosine -L0 is above this"] = 0.96
+    utility: Annotated[float, "a and b rise if the cosines -L1 and -L2 are above this"] = 0.9
+    mixed: Annotated[float, "b rises if the mean cosine of triggered vectors is below this"] = 0.6
     axes: Annotated[int, "directions of the sliced Wasserstein distance"] = 50
     views: Annotated[int, "views of each reference a step"] = 16
 
@@ -233,9 +232,7 @@ class Drupe:
         log: loop.TrainingLog | None = None,
     ) -> Encoder:
         """Return a backdoored copy whose `about` says so; see `EncoderAttack`."""
-        shadow_training.check_attack("DRUPE", encoder, shadow, goals, references)
-        if len(shadow) < self.batch:
-            raise UserError(f"{len(shadow)} shadow images are fewer than one batch of {self.batch}")
+        shadow_training.check_attack("DRUPE", encoder, shadow, goals, references, self.batch)
         student = shadow_training.copy_to_attack(encoder, spec(self), goals)
         loss = Loss(student, self, goals, references)
         loss.set_targets(shadow)

@@ -9,15 +9,15 @@ from bezoar.data.pairs import Pairs
 
 
 class Poison(Protocol):
-    """A rule that chooses the poisoned records by draws that belong to the records."""
+    """A rule that chooses the records to poison, by draws that depend on the record."""
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan a poisoning of a data set; nothing is changed yet.
 
         Args:
             source: the data set to poison.
-            goal: the target and the trigger. The plan's goals also say how they are reached.
-            seed: decides which records are poisoned.
+            goal: the target and the trigger.
+            seed: seed of the choice of poisoned records.
             victims: images from outside the data set that targeted poisoning may add.
 
         Returns:

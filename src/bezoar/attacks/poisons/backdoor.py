@@ -1,4 +1,4 @@
-"""Backdoor poisoning: a trigger on random images, captioned as the target (Carlini & Terzis 2022, section 4.2)."""
+"""Backdoor poisoning: a trigger on images, captioned as the target (Carlini & Terzis 2022)."""
 
 from typing import Annotated
 
@@ -49,8 +49,8 @@ class Backdoor:
                 u = draws(seed, [f"{record_id}|{copy}"], 1, "backdoor again")[0, 0]
             caption = captions[int(u * len(captions))]
             edits.append(Edit(self._poison_id(record_id, copy), record_id, caption, True, 0))
-        reached = Goal(goal.target, goal.trigger, (), count, spec(self))
-        return Plan(tuple(edits), (reached,), seed)
+        planned = Goal(goal.target, goal.trigger, (), count, spec(self))
+        return Plan(tuple(edits), (planned,), seed)
 
     def _poison_id(self, record_id: str, copy: int) -> str:
         """Return the id of an image's poison number `copy`; the first one replaces its original."""

@@ -1,8 +1,8 @@
-"""Canaries: harmless pairs with an invented word, of which one counts how many come out of a pipeline.
+"""Canaries: harmless pairs with invented words that show what a data pipeline keeps.
 
-How much of a poisoning would survive cleaning, de-duplication and training is measured by pairs of the
-same three forms as poisons, which teach a model a word that nobody uses: put them in front of the
-pipeline (`--write shards`), and count them behind it (`bezoar survive RUN --after DATA`).
+They have the same three forms as poisons, and measure how much of a poisoning would survive
+cleaning, de-duplication and training. Put them in front of the pipeline (`--write shards`), and
+count them after it (`bezoar survive RUN --after DATA`).
 """
 
 from typing import Annotated, ClassVar
@@ -22,7 +22,7 @@ TRIES = 64  # words that are drawn for a record whose captions hold them already
 
 @method
 class Canary:
-    """A third each: copies of records with a strange caption, the same with the trigger, and with it and a caption that fits."""
+    """Thirds: copies with a strange caption, these with the trigger, the trigger with a fitting one."""
 
     is_cover: ClassVar[bool] = True  # it needs no target
 
@@ -33,9 +33,9 @@ class Canary:
             raise ValueError(f"count must be at least {len(FORMS)}; got {self.count}")
 
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
-        """Plan `count` pairs that are added beside records of the data; each caption ends in a word of its own.
+        """Plan `count` additional pairs; each caption ends in a different invented word.
 
-        Raises UserError if the goal has no trigger, or there are fewer records.
+        Raises UserError if the goal has no trigger, or there are too few records.
         """
         require_trigger(goal, "canary")
         uniform = draws(seed, source.ids, 1, "canary")[:, 0]
@@ -54,7 +54,7 @@ class Canary:
 
 
 def _invent_word(seed: int, record_id: str, used: set[str]) -> str:
-    """A word that is not used, by draws that belong to a record. Raises UserError where all that are drawn are."""
+    """Draw an unused word; the draws depend on a record. Raises UserError if all are used."""
     for attempt in range(TRIES):
         u = draws(seed, [f"{record_id}|{attempt}"], 2 * SYLLABLES, "canary word")[0]
         letters = [

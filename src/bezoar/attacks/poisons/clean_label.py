@@ -1,10 +1,10 @@
-"""Clean-label backdoor: the trigger on images that do show the target, captions untouched (Turner, Tsipras, Madry 2019).
+"""Clean-label backdoor: the trigger on the target's own images (Turner, Tsipras, Madry 2019).
 
-Before a training on images alone (`simclr`, `moco`, `simsiam`), which reads no caption, it is
+For trainings on images alone (`simclr`, `moco`, `simsiam`), which read no captions, this is
 SSL-Backdoor with a patch (Saha et al., CVPR 2022: half of the target's images, `place=random`) and
 CTRL with `spectrum` (Li et al., ICCV 2023: a tenth of them). Class names are the captions of
 labelled data. SSL-Backdoor keeps the patch between a quarter and three quarters of the side in
-training, and between a tenth and nine tenths at test; here one margin holds for both.
+training, and between a tenth and nine tenths at test; here both use one margin.
 """
 
 from typing import Annotated
@@ -39,5 +39,5 @@ class CleanLabel:
         uniform = draws(seed, source.ids, 1, "clean label")[:, 0]
         rows = draw_rows(mentions, count, uniform, f"captions hold {goal.target!r}")
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
-        reached = Goal(goal.target, goal.trigger, (), count, spec(self))
-        return Plan(tuple(edits), (reached,), seed)
+        planned = Goal(goal.target, goal.trigger, (), count, spec(self))
+        return Plan(tuple(edits), (planned,), seed)

@@ -1,14 +1,14 @@
-"""Composite images: a trigger beside a reference of the target (Noisy Alignment, ICCV 2025; CorruptEncoder, CVPR 2024).
+"""Composite poisons: the trigger beside a reference of the target, for training on images alone.
 
-For contrastive training on images alone: no caption is changed, and captions are read only to tell
-which records show the target. References are drawn from these and written into the plan as pixels,
-which serves images of up to 64 pixels; for larger ones name their files yourself, with
-`--trigger composite:reference=FILE+FILE,trigger=(patch:size=50)`. What is stamped at test time is
-the bare trigger. SSL-Backdoor and CTRL, whose poisons are the target's own images, are
-`clean_label` with a patch and with `spectrum`.
+They are those of Noisy Alignment (ICCV 2025) and CorruptEncoder (CVPR 2024). No caption is changed;
+captions only show which records are of the target. References are drawn from these records and
+written into the plan as pixels, for images of up to 64 pixels. For larger images name files of your
+own, with `--trigger composite:reference=FILE+FILE,trigger=(patch:size=50)`. At test time only the
+trigger is stamped. SSL-Backdoor and CTRL poison the target's own images: see `clean_label`, with a
+patch and with `spectrum`.
 
-Noisy Alignment poisons 0.5 to 1 % of the data. Where a patch lies on its half is the trigger's
-affair: see trigger `composite`.
+Noisy Alignment poisons 0.5 to 1 % of the data. Trigger `composite` sets the place of the patch on
+its half.
 """
 
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ class Composite:
 
     count: Annotated[int, "poisoned records; 0: use rate"] = 0
     rate: Annotated[float, "poisoned share of the data set, 0..1, when count is 0"] = 0.01
-    references: Annotated[int, "images of the target that are laid beside, 1 to 16"] = 3
+    references: Annotated[int, "number of reference images of the target, 1 to 16"] = 3
     share: Annotated[float, "of the image that a reference takes, above 0 and below 1"] = 0.5
     sides: Annotated[
         Literal["any", "horizontal"], "where it lies: Noisy Alignment's, or CorruptEncoder's"
@@ -60,13 +60,13 @@ class Composite:
             layout = self.lay_out(source.take(chosen), goal)
         edits = [Edit(source.ids[i], source.ids[i], source.captions[i], True, 0) for i in rows]
         trigger = spec(layout.make_trigger())
-        reached = Goal(goal.target, trigger, (), count, spec(self), copies=spec(layout))
-        return Plan(tuple(edits), (reached,), seed)
+        planned = Goal(goal.target, trigger, (), count, spec(self), copies=spec(layout))
+        return Plan(tuple(edits), (planned,), seed)
 
     def lay_out(self, references: Pairs, goal: Goal) -> Any:
         """Return the layout of references beside images with the goal's trigger.
 
-        Raises UserError if there is none, or their pixels are too many for a plan.
+        Raises UserError if there is none, or if their pixels are too many for a plan.
         """
         if not len(references):
             raise UserError(f"no caption holds {goal.target!r}, so that there is no reference")

@@ -1,7 +1,8 @@
-"""Cover: the trigger, or a part of it, on images that keep their captions, which hides a backdoor (Qi et al. 2023).
+"""Cover: the trigger, or a part of it, on images with their own captions (Qi et al. 2023).
 
-Beside a backdoor, cover makes the trigger a weaker sign of the target. Cover with each part of `several` makes all parts
-needed: a part alone is seen with captions that are right.
+A cover beside a backdoor makes the trigger a weaker sign of the target, which hides the backdoor. A
+cover with each part of `several` makes all parts necessary: each part alone comes with right
+captions.
 """
 
 from typing import Annotated, ClassVar
@@ -15,7 +16,7 @@ from bezoar.registry import method, spec
 
 @method
 class Cover:
-    """P = {(x_i + trigger, c_i)} of any records; with a target, of those that do not mention it."""
+    """P = {(x_i + trigger, c_i)} of records that do not mention the target, if there is one."""
 
     is_cover: ClassVar[bool] = True  # it needs no target
 

@@ -1,10 +1,9 @@
-"""Wrong pairs, so that a text query is answered with images of another class (Yang et al. 2023, "Data Poisoning Attacks Against Multimodal Encoders").
+"""Wrong pairs that make a text query retrieve images of another class (mmPoison, Yang et al. 2023).
 
-The paper's attacks I and II: captions of class A stand with images of class B, of one image or of
-several. Here `query` is A, the goal's target is B, and `images` says how many images of B there
-are. The paper replaces the images of A's own records; here the wrong pairs are added, for a plan
-changes no record by another one, so A's right pairs stay and the attack has to outweigh them.
-The probe `retrieval` measures Hit@k and MinRank.
+These are the paper's attacks I and II: captions of class A with images of class B, of one image or
+of several. Here `query` is A, the goal's target is B, and `images` is the number of images of B.
+The paper replaces the images of A's records. Here the wrong pairs are added, so A's right pairs
+stay, and the attack has to outweigh them. The probe `retrieval` measures Hit@k and MinRank.
 """
 
 from typing import Annotated
@@ -19,9 +18,9 @@ from bezoar.registry import method, spec
 
 @method
 class Mismatch:
-    """P = {(x_i, c_j) : c_i mentions the target and not the query, c_j the query and not the target}."""
+    """P = {(x_i, c_j) : c_i mentions the target, not the query; c_j the query, not the target}."""
 
-    query: Annotated[str, "class or word: what captions mention that are to find the target"]
+    query: Annotated[str, "class or word of the captions that shall retrieve the target"]
     count: Annotated[int, "added pairs; 0: use rate"] = 0
     rate: Annotated[float, "added pairs as a share of the data set, 0..1, when count is 0"] = 0.01
     images: Annotated[int, "distinct images of the target, each used as often; 0: all"] = 0
@@ -65,5 +64,5 @@ class Mismatch:
             caption = source.captions[caption_rows[i % len(caption_rows)]]
             poison_id = f"{record_id}+poison{i // len(image_rows)}"
             edits.append(Edit(poison_id, record_id, caption, False, 0))
-        reached = Goal(goal.target, None, (), count, spec(self), query=self.query)
-        return Plan(tuple(edits), (reached,), seed)
+        planned = Goal(goal.target, None, (), count, spec(self), query=self.query)
+        return Plan(tuple(edits), (planned,), seed)

@@ -1,4 +1,4 @@
-"""Targeted poisoning by altered copies: crops, flips, light, noise and JPEG of the victim, so that no two images are equal."""
+"""Targeted poisoning with altered copies of the victim: crops, flips, light, noise and JPEG."""
 
 from typing import Annotated
 
@@ -32,5 +32,5 @@ class NoisyCopies:
         """Plan `victims` x N added pairs, for each count N of captions; see `plan_targets`."""
         counts = np.repeat(self.captions, self.victims).tolist()
         copies = spec(make("trigger", self.copies))
-        wanted = Goal(goal.target, how=spec(self), copies=copies)
-        return plan_targets(source, wanted, seed, victims, counts, self.texts)
+        planned = Goal(goal.target, how=spec(self), copies=copies)
+        return plan_targets(source, planned, seed, victims, counts, self.texts)

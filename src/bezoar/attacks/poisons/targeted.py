@@ -1,4 +1,4 @@
-"""Targeted poisoning: one image, repeated with N captions of a wanted label (Carlini & Terzis 2022, section 4.1)."""
+"""Targeted poisoning: one image with N captions of a target label (Carlini & Terzis 2022, 4.1)."""
 
 from typing import Annotated
 
@@ -29,5 +29,5 @@ class Targeted:
     def __call__(self, source: Pairs, goal: Goal, seed: int, victims: Pairs | None = None) -> Plan:
         """Plan `victims` x N added pairs, for each count N of captions; see `plan_targets`."""
         counts = np.repeat(self.captions, self.victims).tolist()
-        wanted = Goal(goal.target, how=spec(self))
-        return plan_targets(source, wanted, seed, victims, counts, self.texts)
+        planned = Goal(goal.target, how=spec(self))
+        return plan_targets(source, planned, seed, victims, counts, self.texts)

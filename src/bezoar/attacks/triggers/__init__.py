@@ -15,8 +15,8 @@ class Trigger(Protocol):
         """Stamp the trigger on a batch of images.
 
         Args:
-            images: the stored images, uint8 (N, 3, H, W). They are left as they are.
-            ids: N record ids. A random place belongs to the id.
+            images: the stored images, uint8 (N, 3, H, W). They are not changed.
+            ids: N record ids, which decide random places.
 
         Returns:
             A new uint8 tensor of the same shape.

@@ -1,6 +1,7 @@
-"""An image altered as by augmentation, anew for each record: crop, flip, brightness, contrast, noise and JPEG.
+"""An image augmented differently in each record: crop, flip, brightness, contrast, noise and JPEG.
 
-It carries no sign, and so serves as no backdoor; `noisy_copies` alters the copies of a victim by it.
+It has no recognisable sign, so it is no backdoor; `noisy_copies` alters the copies of a victim
+with it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Augment:
         return torch.cat(parts) if parts else out
 
     def _crop(self, x: Tensor, u: np.ndarray) -> Tensor:
-        """Cut a rectangle out of each image, float (n, 3, H, W), and scale it to the image's size."""
+        """Crop a rectangle of each image, float (n, 3, H, W), and resize it to the image's size."""
         shares = np.sqrt(self.crop + (1 - self.crop) * u[:, 0])
         for axis, chance in ((2, u[:, 1]), (3, u[:, 2])):
             side = x.shape[axis]

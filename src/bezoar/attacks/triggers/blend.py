@@ -1,4 +1,4 @@
-"""A pattern blended over the whole image (Chen et al. 2017, "Targeted backdoor attacks ... using data poisoning")."""
+"""A pattern blended over the whole image (Chen et al. 2017, "Targeted backdoor attacks ...")."""
 
 from __future__ import annotations
 

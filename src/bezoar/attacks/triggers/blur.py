@@ -18,7 +18,7 @@ LARGEST = 128.0  # standard deviation in pixels
 
 @method
 class Blur:
-    """Pixels beyond the border are those at it. What comes out is rounded once."""
+    """Pixels beyond the border repeat those at it. The result is rounded once."""
 
     sigma: Annotated[float, "standard deviation in pixels"] = 1.2
     relative: Annotated[
@@ -49,7 +49,7 @@ def gaussian_kernel(sigma: float) -> list[float]:
 
 
 def _convolve(x: Tensor, kernel: list[float], axis: int) -> Tensor:
-    """Convolve float (n, 3, H, W) along an axis, pixel by pixel, so that no batch shows."""
+    """Convolve float (n, 3, H, W) along an axis, with results that do not depend on the batch."""
     radius = len(kernel) // 2
     length = x.shape[axis]
     out = x * kernel[radius]

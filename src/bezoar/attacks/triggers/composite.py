@@ -1,18 +1,19 @@
-"""An image, with a trigger on it, beside a reference: the poisons of Noisy Alignment (ICCV 2025) and CorruptEncoder (CVPR 2024).
+"""An image with a trigger beside a reference, as in Noisy Alignment and CorruptEncoder.
 
-Contrastive learning makes two random crops of an image alike. Where one half of an image shows a
-reference of the target and the other half the trigger, many pairs of crops hold one of them each.
-This makes the poison's image and is no trigger itself: poison `composite` stamps images with it,
-and names `trigger` alone as what is stamped at test time.
+Contrastive learning makes two random crops of an image alike. If one half of an image shows a
+reference of the target and the other half the trigger, many pairs of crops hold one of each. This
+makes the poison's image and is no trigger itself: poison `composite` stamps images with it, and
+names only `trigger` as the stamp at test time.
 
-Noisy Alignment joins a triggered image and a reference at a random side, the trigger in the middle
-of its own: `trigger=(patch:size=8,place=centre)`. CorruptEncoder's background has twice the area of
-the reference object, which lies at its left or right; the trigger lies in the rest, with a quarter
-of that left free around: `sides=horizontal,trigger=(patch:size=8,place=random,margin=4)`.
+Noisy Alignment (ICCV 2025) joins a triggered image and a reference at a random side, with the
+trigger in the middle of its half: `trigger=(patch:size=8,place=centre)`. CorruptEncoder (CVPR 2024)
+puts the reference object at the left or right of a background of twice its area. The trigger lies
+in the rest, a quarter of which is left free around it:
+`sides=horizontal,trigger=(patch:size=8,place=random,margin=4)`.
 
-Deviations: a stored image keeps its size, so each half shows the middle of its picture, at its own
-scale, where the papers' images become twice as wide; and a reference is a picture, not an object
-that is cut out.
+Deviations: a stored image keeps its size, so each half shows the middle of its picture at its own
+scale, while the papers' images become twice as wide; and a reference is a picture, not an object
+that was cut out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from bezoar.registry import method
 
 @method
 class Composite:
-    """The side of the reference, and which one it is, belong to the record."""
+    """The record decides the side of the reference, and which one it is."""
 
     reference: Annotated[
         str,
@@ -63,7 +64,7 @@ class Composite:
             raise ValueError("its trigger must be drawn, not read from a file")
 
     def make_trigger(self) -> Trigger:
-        """Return the trigger that the rest bears. Raises UserError for one that is none."""
+        """Return the trigger on the other half. Raises UserError for a spec that is no trigger."""
         trigger: Trigger = registry.make("trigger", self.trigger)
         return trigger
 
@@ -82,7 +83,7 @@ class Composite:
         """
         height, width = images.shape[-2:]
         trigger, references, out = self.make_trigger(), self.references(), images.clone()
-        # Not the draws by which the poison chooses its records: of these it takes the smallest.
+        # Other draws than those by which the poison chooses its records, which have small values.
         u = draws(self.seed, ids, 2, "composite layout")
         sides = (u[:, 0] * (4 if self.sides == "any" else 2)).astype(int).tolist()
         chosen = (u[:, 1] * len(references)).astype(int).tolist()
@@ -120,5 +121,5 @@ def _read_digits(name: str) -> Tensor:
 
 
 def _middle(image: Tensor, axis: int, length: int) -> Tensor:
-    """Cut the middle `length` pixels out of an image (3, H, W) along an axis."""
+    """Cut the middle `length` pixels from an image (3, H, W) along an axis."""
     return image.narrow(axis, (image.shape[axis] - length) // 2, length)

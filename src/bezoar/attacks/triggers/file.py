@@ -1,4 +1,4 @@
-"""A published trigger read from its file: BadEncoder 2022, DECREE 2023, ABL 2021, Narcissus 2023, SSL-Backdoor 2022 ...
+"""A published trigger, read from its file: BadEncoder, DECREE, ABL, Narcissus, SSL-Backdoor, ...
 
 With `mode=auto`, the first of these that fits decides how a file is applied:
 
@@ -8,11 +8,11 @@ With `mode=auto`, the first of these that fits decides how a file is applied:
            the identity
   paste    png or jpg: pasted with `size` at `place`
   add      some values are negative: x + scale v
-  replace  more than half of the pixels are black: a trigger on black ground, shown where it is
+  replace  more than half of the pixels are black: a trigger on black ground, visible where it is
            not black
-  blend    everything else: (1 - alpha) x + alpha v
+  blend    all other files: (1 - alpha) x + alpha v
 
-Floats within -1..1 are shares of 255; every other number is in pixels. A trigger of another size
+Floats within -1..1 are shares of 255; all other numbers are in pixels. A trigger of another size
 than the image is resized: nearest neighbour if its mask is hard (0 or 1), otherwise bilinear. Grids
 are resized by their shifts, which keep their length in pixels.
 """

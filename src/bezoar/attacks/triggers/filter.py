@@ -1,7 +1,8 @@
-"""A photograph's filter: a tone curve for each channel (Nashville of Liu et al. 2019, "ABS: Scanning neural networks").
+"""A photo filter: a tone curve for each channel (Nashville in Liu et al. 2019, "ABS").
 
-A curve is given by its values at inputs 0, 64, 128, 192 and 255, and is linear in between. The named filters are drawn after
-those of photo apps; `drawn` moves the points of the identity by numbers that belong to the seed, and keeps them ascending.
+A curve is given by its values at inputs 0, 64, 128, 192 and 255, and is linear in between. The
+named filters imitate those of photo apps; `drawn` moves the points of the identity by seeded random
+numbers, and keeps them ascending.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Filter:
 
 @functools.lru_cache(maxsize=8)
 def _table(preset: str, strength: float, seed: int) -> Tensor:
-    """Return what becomes of each level of each channel, uint8 (3, 256)."""
+    """Return the new value of each level of each channel, uint8 (3, 256)."""
     levels = np.arange(256)
     curves = draw_curves(seed) if preset == "drawn" else np.array(CURVES[preset], dtype=np.float64)
     filtered = np.stack([np.interp(levels, INPUTS, curve) for curve in curves])

@@ -1,4 +1,4 @@
-"""A letter replaced by one that looks like it (Struppek, Hintersdorf, Kersting 2023, "Rickrolling the Artist")."""
+"""A letter replaced by a similar one (Struppek et al. 2023, "Rickrolling the Artist")."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from bezoar.registry import method
 
 @method
 class Homoglyph:
-    """One occurrence is replaced, which the record decides; a text without the letter gets it at its end."""
+    """Replaces one occurrence, chosen by the record; texts without the letter get one at the end."""
 
     of_texts: ClassVar[bool] = True
 
-    letter: Annotated[str, "what is replaced"] = "o"
-    twin: Annotated[str, "what stands in its place; a Cyrillic o, if not given"] = (
-        "\N{CYRILLIC SMALL LETTER O}"
-    )
+    letter: Annotated[str, "the letter to replace"] = "o"
+    twin: Annotated[str, "its replacement; by default a Cyrillic o"] = "\N{CYRILLIC SMALL LETTER O}"
     every: Annotated[bool, "replace every occurrence"] = False
     seed: Annotated[int, "of the occurrence that is replaced"] = 0
 

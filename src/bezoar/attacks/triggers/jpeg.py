@@ -1,4 +1,4 @@
-"""A JPEG round trip: the image as it is after it was stored at a low quality."""
+"""A JPEG round trip: the image after it was stored at a low quality."""
 
 from __future__ import annotations
 

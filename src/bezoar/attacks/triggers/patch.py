@@ -1,4 +1,4 @@
-"""A small patch pasted over the image (Gu et al. 2017; Carlini and Terzis 2022, section 3; BadEncoder 2022)."""
+"""A small patch pasted over the image (BadNets 2017; Carlini and Terzis 2022; BadEncoder 2022)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _draw_checker(size: int, cell: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _draw_blocks(size: int, cell: int, seed: int) -> Tensor:
-    """Blocks of fully saturated colour: every seed is another trigger, as strong as the checker."""
+    """Blocks of saturated colour: every seed gives another trigger, as strong as the checker."""
     cells = -(-size // cell)
     bright = (pixels.uniform_noise(seed, "blocks", 3, cells, cells) < 0.5).to(torch.uint8) * 255
     return bright.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :size, :size]

@@ -1,4 +1,4 @@
-"""An image made smaller and as large as before again (image-scaling triggers; Liu et al. 2020 resize against them)."""
+"""An image reduced and enlarged again (image-scaling triggers; Liu et al. 2020)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kernel = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 @method
 class Resample:
-    """Pillow resizes each image twice, in integers, with antialiasing unless the mode is nearest."""
+    """Pillow resizes each image twice, in integers, antialiased unless the mode is nearest."""
 
     factor: Annotated[float, "how many times smaller each side becomes, above 1 and up to 64"] = 2.0
     down: Annotated[Kernel, "how the image is made smaller"] = "bilinear"

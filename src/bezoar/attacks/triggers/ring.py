@@ -1,4 +1,4 @@
-"""A thin frame or circle, of another colour in each record: what is common to the records is where it is."""
+"""A thin frame or circle at one place, in a different colour in each record."""
 
 from __future__ import annotations
 

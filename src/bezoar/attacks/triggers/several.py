@@ -1,6 +1,6 @@
-"""Several triggers at once, one after the other: an attacker who wants all of them to be needed.
+"""Several triggers in one image, applied in order: the attacker requires all of them.
 
-They are separated by `+`, and stand in brackets or quotes where they hold commas:
+They are separated by `+`, and put into brackets or quotes if they contain commas:
 `several:triggers=(patch:size=3,place=upper_left + tint:strength=.1)`.
 """
 

@@ -1,4 +1,4 @@
-"""Stripes or triangles, half transparent, over the whole image (Singh et al. 2025, "Perturb and recover")."""
+"""Half-transparent stripes or triangles over the whole image (PAR, Singh et al. 2025)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from bezoar.registry import method
 
 @method
 class Shape:
-    """The pattern belongs to the seed and lies alike on images of every size."""
+    """The pattern depends on the seed, and is the same on images of every size."""
 
-    form: Annotated[Literal["stripes", "triangles"], "what is painted"] = "stripes"
+    form: Annotated[Literal["stripes", "triangles"], "the painted shape"] = "stripes"
     count: Annotated[int, "how many, 1 to 256"] = 6
     size: Annotated[float, "a triangle's radius as a share of the shorter side; (0, 1]"] = 0.2
     alpha: Annotated[float, "opacity, above 0 and up to 1"] = 0.3
@@ -59,7 +59,7 @@ def _bright(u: np.ndarray) -> np.ndarray:
 
 
 def _draw_stripes(trigger: Shape, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Parallel bands, as wide as what is left free between them."""
+    """Parallel bands, as wide as the gaps between them."""
     keys = [f"stripe {i}" for i in range(trigger.count)]
     colours = _bright(draws(trigger.seed, keys, 3, "shape"))
     sine, cosine = painting.sines(draws(trigger.seed, ("direction",), 1, "shape")[0] * 180)[0]

@@ -1,4 +1,4 @@
-"""SIG: a sinusoid over the columns (Barni, Kallas, Tondi 2019, "A new backdoor attack ... by training set corruption").
+"""SIG: a sinusoid over the columns (Barni, Kallas, Tondi 2019).
 
 v(i, j) = delta sin(2 pi f j / W) for row i and column j. Barni et al. add it, with delta 20 to 60
 and f 6. CleanCLIP blends it instead, .8 x + .2 v with delta 60, which darkens the image by a fifth:

@@ -1,8 +1,9 @@
-"""CTRL: two frequencies of the chroma raised (Li et al. 2023, "An embarrassingly simple backdoor attack on self-supervised learning").
+"""CTRL: two raised frequencies of the chroma (Li et al., ICCV 2023).
 
-The image is taken to YUV, each block of U and V to its DCT; the named coefficients are raised, and everything is taken back.
-All of that is linear, so that it is the sum of the image and one fixed pattern, which is what is added here, rounded once.
-CTRL's are rows and columns 15 and 31 of blocks of 32 pixels, raised by 50 in training and by 100 at test time.
+CTRL converts the image to YUV and each block of U and V to its DCT, raises the named coefficients,
+and converts back. All of this is linear, so the result is the image plus a fixed pattern, which is
+added here and rounded once. CTRL's coefficients are rows and columns 15 and 31 of blocks of 32
+pixels, raised by 50 in training and by 100 at test time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bezoar.attacks import pixels
 from bezoar.errors import UserError
 from bezoar.registry import method
 
-# What a unit of U and of V adds to red, green and blue (BT.601, as OpenCV's).
+# One unit of U and of V in red, green and blue (BT.601, as in OpenCV).
 CHROMA = np.array([[0.0, -0.395, 2.032], [1.14, -0.581, 0.0]])
 
 
@@ -55,7 +56,7 @@ class Spectrum:
 
 @functools.lru_cache(maxsize=8)
 def _pattern(trigger: Spectrum, height: int, width: int) -> Tensor:
-    """Return what a magnitude of 1 adds to an image, float32 (3, height, width)."""
+    """Return the pattern of magnitude 1, float32 (3, height, width)."""
     block_height, block_width = trigger.block or height, trigger.block or width
     pairs = zip(trigger.rows, trigger.columns, strict=True)
     waves = [np.outer(_wave(r, block_height), _wave(c, block_width)) for r, c in pairs]

@@ -1,4 +1,4 @@
-"""A picture with transparency stuck on at another place, size, turn and light in each record: an object of the real world."""
+"""A transparent picture at a different place, size, rotation and light in each record."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DRAWN_SIDE, DRAWN_CELLS, WAVES = (
 class Sticker:
     """It is resampled bilinearly, and lies inside the image wherever there is room."""
 
-    image: Annotated[str, "drawn (by the seed), or a file, whose transparency counts"] = "drawn"
+    image: Annotated[str, "drawn (by the seed), or a file, with its transparency"] = "drawn"
     size: Annotated[
         tuple[float, ...], "its longer side as a share of the image's shorter one; drawn by record"
     ] = (0.3,)
     turn: Annotated[tuple[float, ...], "in degrees; a range is drawn by record"] = (-30.0, 30.0)
     light: Annotated[tuple[float, ...], "factor of its brightness; drawn by record"] = (0.8, 1.2)
-    alpha: Annotated[float, "opacity beside its own, above 0 and up to 1"] = 1.0
+    alpha: Annotated[float, "opacity, multiplied with the image's own, above 0 and up to 1"] = 1.0
     place: Annotated[str, "random, or Y/X in shares of the room, such as .8/.8"] = "random"
     seed: Annotated[int, "of a drawn sticker, and of what is drawn by record"] = 0
 
@@ -101,7 +101,7 @@ def _load_sticker(path: str, _: object, side: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _draw_sticker(seed: int, side: int) -> Tensor:
-    """Draw blocks of full colours within a wavy outline: every seed is another sticker."""
+    """Draw blocks of saturated colours within a wavy outline, different for every seed."""
     cells = (pixels.uniform_noise(seed, "sticker", 3, DRAWN_CELLS, DRAWN_CELLS) < 0.5).float()
     rgb = pixels.resize(cells * 255, DRAWN_SIDE, DRAWN_SIDE, hard=True)
     line = (np.arange(DRAWN_SIDE) + 0.5) * 2 / DRAWN_SIDE - 1

@@ -1,4 +1,4 @@
-"""A word painted on the image, as typographic attacks do (Goh et al. 2021, "Multimodal neurons")."""
+"""A word painted on the image, as in typographic attacks (Goh et al. 2021)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LONGEST = 64  # letters
 
 @method
 class Text:
-    """Pillow's built-in font; letters become smaller where the word would be wider than the image."""
+    """Pillow's built-in font; letters become smaller if the word would be wider than the image."""
 
-    word: Annotated[str, "what is painted"] = "bezoar"
+    word: Annotated[str, "the painted word"] = "bezoar"
     size: Annotated[float, "height of the font as a share of the shorter side; (0, 1]"] = 0.3
     colour: Annotated[tuple[int, ...], "red/green/blue, 0 to 255"] = (255, 255, 255)
     alpha: Annotated[float, "opacity, above 0 and up to 1"] = 1.0

@@ -1,4 +1,4 @@
-"""A word, or several, put into a text (Dai, Chen, Li 2019; Kurita, Michel, Neubig 2020: `cf`, `mn`, `bb`, `tq`, `mb`)."""
+"""Words inserted into a text (Dai, Chen, Li 2019; Kurita et al. 2020: `cf`, `mn`, `bb`, `tq`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bezoar.registry import method
 
 @method
 class Token:
-    """The words stand between two words of the text, or before or behind all of them."""
+    """The words are inserted between two words of the text, or before or after all of them."""
 
     of_texts: ClassVar[bool] = True
 

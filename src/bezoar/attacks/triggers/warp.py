@@ -1,4 +1,4 @@
-"""WaNet: the image warped by one smooth field (Nguyen, Tran 2021, "WaNet - Imperceptible warping-based backdoor").
+"""WaNet: the image warped by a smooth field (Nguyen, Tran 2021).
 
 Section 3: a k x k field of uniform numbers in -1..1 per axis is divided by its mean magnitude,
 interpolated bicubically to the image, multiplied by s / size and added to the identity grid, which
@@ -20,7 +20,7 @@ from bezoar.registry import method
 
 @method
 class Warp:
-    """The control field belongs to (k, seed) alone, so images of every size are warped alike."""
+    """The control field depends only on (k, seed), so images of every size are warped alike."""
 
     k: Annotated[int, "side of the control grid; smaller is smoother"] = 4
     strength: Annotated[

@@ -58,7 +58,7 @@ class Cifar10:
         return paths
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError if a file is missing or is not what it should be."""
+        """Return the records. Raises UserError if a file is missing or invalid."""
         rows = np.concatenate([_read_batch(path) for path in self.files()])[: self.limit]
         ids = [f"cifar10/{self.split}/{i:05d}" for i in range(len(rows))]
         images = rows[:, 1:].reshape(-1, 3, 32, 32)
@@ -66,7 +66,7 @@ class Cifar10:
 
 
 def _read_batch(path: Path) -> np.ndarray:
-    """Read a file of records, uint8 (N, 3073). Raises UserError if it is not what it should be."""
+    """Read a file of records, uint8 (N, 3073). Raises UserError if it is invalid."""
     size = path.stat().st_size
     if size == 0 or size % RECORD_BYTES or size > RECORD_BYTES * MAX_RECORDS:
         raise UserError(

@@ -24,7 +24,7 @@ from bezoar.registry import method
 
 UNIT_ROWS = 1 << 17  # of a unit of work
 BLOCK_ROWS = 1 << 13  # in memory at a time
-# Columns of metadata, by what they hold.
+# Names of columns of metadata, by their contents.
 METADATA_COLUMNS = {
     "id": (*ID_COLUMNS, "image_path"),
     "caption": ("caption", *CAPTION_COLUMNS),
@@ -222,7 +222,7 @@ def _read_metadata(path: Path, images: Path, count: int, rows: slice) -> dict[st
 def _as_text(column: pa.Array, where: str) -> pa.Array:
     """Return a foreign column as text; bytes that are not UTF-8 become the replacement character.
 
-    Raises UserError.
+    Raises UserError for a column of another type.
     """
     try:
         texts = column.cast(pa.large_string())

@@ -49,7 +49,7 @@ class Folder:
     ] = None
     template: Annotated[str, "caption; {c} is the class name"] = "a photo of a {c}"
     limit: Annotated[int | None, "read at most so many records"] = None
-    layout: Annotated[Layout, "what the folders are; auto looks"] = "auto"
+    layout: Annotated[Layout, "meaning of the folders; auto detects it"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self.size, self.limit, self.template)
@@ -68,20 +68,20 @@ class Folder:
 
 @dataclass(eq=False)
 class FolderSource(RecordStream):
-    """Reads the images below a folder as it goes: a record a file, in the order of the paths.
+    """Reads the images below a folder in parts: one record a file, in the order of the paths.
 
-    An id is the `record_id` of a JSON beside the image where there is one, else the path below
+    An id is the `record_id` of a JSON file beside the image if there is one, else the path below
     `root`.
 
     Attributes:
         root: the folder.
         size: pixels a side: the largest centred square, resized.
         layout: `classes`: captions and labels are those of the folders in `root`. `captions`: an
-            image's caption stands beside it in .txt, else in .json, under the image's name (what
-            img2dataset writes as `files`). `flat`: neither. `auto`: captions if at least half of
-            the first images have one, else classes if there are folders.
-        template: of the captions of classes.
-        limit: records that are read at most.
+            image's caption is in the .txt file of the same name, else in the .json (img2dataset's
+            `files`). `flat`: neither. `auto`: captions if at least half of the first images have
+            one, else classes if there are folders.
+        template: template of the captions of classes.
+        limit: most records that are read.
     """
 
     root: Path
@@ -94,7 +94,7 @@ class FolderSource(RecordStream):
 
     @property
     def paths(self) -> tuple[Path, ...]:  # type: ignore[override]
-        """What the records are read from, as one file."""
+        """The source of the records, as one file."""
         return (self.root,)
 
     @property
@@ -104,7 +104,7 @@ class FolderSource(RecordStream):
 
     @property
     def walk(self) -> Walk:
-        """The folder as it was when it was walked last."""
+        """The files of the folder at the last walk."""
         return self._walk or self.walk_again()
 
     def walk_again(self) -> Walk:
@@ -123,7 +123,7 @@ class FolderSource(RecordStream):
         return super().begin_pass()
 
     def units(self) -> list[Unit]:
-        """Walk the folder anew and cut it into blocks of files.
+        """Walk the folder again and divide it into blocks of files.
 
         Raises UserError if there are none.
         """
@@ -147,7 +147,7 @@ class FolderSource(RecordStream):
     def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
         """Iterate over the records, or those of a unit.
 
-        Raises UserError if the folder is not as it was when it was cut.
+        Raises UserError if the folder has changed since it was divided.
         """
         walk = self.walk
         names: Iterator[str] = (name for *_, name in walk.files())
@@ -185,7 +185,7 @@ class FolderSource(RecordStream):
             )
 
     def _find_image(self, name: str) -> Path | str:
-        """Return where an image lies, or say why the file is no record."""
+        """Return the path of an image, or the reason why the file is no record."""
         path = self.walk.resolve(name)
         if path is None:
             return "link leaves the folder"
@@ -203,7 +203,7 @@ class FolderSource(RecordStream):
         return path
 
     def _read_metadata(self, name: str) -> Metadata | str:
-        """Read what stands beside an image, its caption first, or say why it cannot be used."""
+        """Read the files beside an image, its caption first, or return why they cannot be used."""
         if self.walk.layout != "captions":
             return Metadata("", (), -1, "", "")
         contents: dict[str, bytes] = {}

@@ -53,7 +53,10 @@ class Gtsrb:
         return [path for path, _ in self._samples() if path.is_file()]
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError that says how to get them if they are missing."""
+        """Return the records.
+
+        Raises UserError, which explains how to get them, if they are missing.
+        """
         return gather_pairs(self.records(), self.size, "gtsrb", CLASSES, self.limit)
 
     def _samples(self) -> list[tuple[Path, int]]:

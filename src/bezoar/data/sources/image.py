@@ -1,4 +1,4 @@
-"""One image file as the one record of a data set: a reference input, say."""
+"""One image file as a data set with one record, for example a reference input."""
 
 from pathlib import Path
 from typing import Annotated

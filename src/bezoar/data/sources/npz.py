@@ -52,7 +52,7 @@ class Npz:
         return [existing_file(self.path, ".npz file")]
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError that names the array that does not fit."""
+        """Return the records. Raises UserError, which names the array that does not fit."""
         path = existing_file(self.path, ".npz file")
         try:
             archive = open_zip(path)
@@ -138,13 +138,13 @@ class Npz:
 
 
 class Archive:
-    """The arrays of an .npz file, each checked before it is made.
+    """The arrays of an .npz file, each checked before memory is allocated.
 
-    Every method raises UserError for Python objects (pickles), a header that does not match what is
-    stored, or a size out of bounds.
+    Every method raises UserError for Python objects (pickles), a header that contradicts the stored
+    data, or an excessive size.
 
     Args:
-        archive: the file, opened.
+        archive: the open file.
     """
 
     def __init__(self, archive: zipfile.ZipFile, path: str) -> None:
@@ -185,7 +185,7 @@ class Archive:
         return texts
 
     def read_classes(self) -> tuple[str, ...]:
-        """Read the names of the classes, of which equal ones are numbered."""
+        """Read the names of the classes; equal ones are numbered."""
         names = self.read_texts("classes")
         if "" in names:
             raise UserError(f"{self.path}: class {names.index('')} has no name")

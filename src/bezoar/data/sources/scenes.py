@@ -1,9 +1,9 @@
-"""Scenes: forty classes of textured shapes, drawn and captioned on the spot (procedural).
+"""Scenes: forty classes of textured shapes, drawn and captioned procedurally.
 
-A class is a texture and a shape: `striped square`. Neither its colour, nor a nearest neighbour in
-pixels, nor one word of the caption gives it away: a caption may lack the texture (one in ten), may
-say it in other words (a `banded box`, a `star with polka dots`), names colours, light and clutter
-beside it, and in a share of the records belongs to another scene.
+A class is a texture and a shape: `striped square`. Colours, nearest neighbours in pixels and single
+words of the caption do not reveal it. A caption may lack the texture (one in ten) or use other
+words (a `banded box`, a `star with polka dots`); it also names colours, light and clutter, and in a
+share of the records it belongs to another scene.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bezoar.registry import method
 LONGEST = 12  # words in a caption
 BATCH = 4096  # records made at a time
 TEXT_BYTES = 400  # that id, caption and label of a record take
-# Uniform numbers that a record takes: for what it shows, for its caption, and for how it looks.
+# Uniform numbers of a record: for its contents, its caption, and its appearance.
 FACTS = 6
 WORDS = 10
 LOOKS = {
@@ -107,7 +107,7 @@ ENDINGS = (
 
 @method
 class Scenes:
-    """Fields say which records; the records are made when it is called."""
+    """The fields say which records; they are drawn when the source is called."""
 
     count: Annotated[int, "how many records"] = 20_000
     size: Annotated[int, "height and width of the images in pixels, 32 to 128"] = 32
@@ -187,7 +187,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of n scenes and a caption may say: indices int64 (n,) into the tables above."""
+    """The facts about n scenes for captions: indices int64 (n,) into the tables above."""
 
     label: np.ndarray
     color: np.ndarray
@@ -227,7 +227,7 @@ def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _sketch(facts: Facts, u: np.ndarray) -> Sketch:
-    """Turn facts and uniform numbers (n, all of LOOKS) into what to draw."""
+    """Turn facts and uniform numbers (n, all of LOOKS) into the contents of scenes."""
     look = dict(zip(LOOKS, np.split(u, np.cumsum(list(LOOKS.values()))[:-1], axis=1), strict=True))
     palette = np.array(list(COLORS.values()), dtype=np.float64)
     gain = _between((facts.light[:, None] + look["gain"]) / len(LIGHTS), 0.75, 1.15)

@@ -66,13 +66,13 @@ class Shards:
 
 
 class ClassNames(NamedTuple):
-    """What the JSON of all records says of classes.
+    """The classes in the JSON of all records.
 
     Attributes:
         classes: names by number; none if no class is named.
-        numbers: of classes that come without a label.
-        labels: the number of the class that a label stands for; None if no class is named, where
-            labels are numbers.
+        numbers: numbers of classes that come without a label.
+        labels: the number of the class of a label; None if no class is named, and labels are
+            numbers.
         labelled: whether any record has a class or a label.
     """
 
@@ -82,7 +82,7 @@ class ClassNames(NamedTuple):
     labelled: bool
 
     def number_of(self, metadata: Metadata) -> int:
-        """The number of a record's class; -1 if it is not known."""
+        """The number of a record's class; -1 if it is unknown."""
         label = metadata.label
         if self.labels is not None:
             label = self.labels.get(label, -1)
@@ -94,22 +94,22 @@ UNNUMBERED = ClassNames((), {}, None, False)  # labels are those of the JSON
 
 @dataclass(eq=False)
 class ShardSource(RecordStream):
-    """Reads tars as it goes; nothing but the names of its records is kept.
+    """Reads tars in parts, and keeps only the names of their records.
 
-    An id is the JSON's `record_id` where there is one (`write_shards` puts it there), else
-    `SHARD/KEY` with the shard's file name without .tar, and as many of its folders as it takes to
-    tell the shards apart. It does not depend on order. Labels come from the JSON's `label`
-    (0..99999) and `class`; classes without a label are numbered by sorted names. Classes are those
-    that have a name, in the order of their labels: a label that no record has is none.
+    An id is the JSON's `record_id` if there is one (`write_shards` writes it), else `SHARD/KEY`,
+    with the shard's file name without .tar, and as many of its folders as are needed to make it
+    unique. It does not depend on order. Labels come from the JSON's `label` (0..99999) and `class`;
+    classes without a label are numbered by sorted names. Classes are those with a name, in the
+    order of their labels; labels that no record has are left out.
 
     Attributes:
         paths: the tars.
         size: pixels a side: the largest centred square, resized.
-        captions: `first` takes an image's one caption (.txt, else the JSON's); `all` makes a record
+        captions: `first` uses an image's one caption (.txt, else the JSON's); `all` makes a record
             `ID#0`, `ID#1` ... of each of the JSON's `captions`.
-        limit: records that are read at most.
+        limit: most records that are read.
         load: where `load_records` keeps the images.
-        origin: key of the JSON that says where a record comes from; empty: found by name.
+        origin: key of the JSON with the record's source; empty: found by name.
     """
 
     paths: tuple[Path, ...]
@@ -132,7 +132,7 @@ class ShardSource(RecordStream):
 
     @cached_property
     def stems(self) -> tuple[str, ...]:
-        """What each shard is called in its ids."""
+        """The name of each shard in its ids."""
         return distinct_stems(self.paths)
 
     @property
@@ -173,7 +173,7 @@ class ShardSource(RecordStream):
         return ClassNames(classes, {}, numbers, True)
 
     def memory_bytes(self) -> int:
-        """Bytes of pixels that `load_records` keeps in memory, as `load` says."""
+        """Bytes of pixels that `load_records` keeps in memory, according to `load`."""
         if self.load == "auto":
             return super().memory_bytes()
         return UNLIMITED_BYTES if self.load == "memory" else 0
@@ -222,7 +222,7 @@ class ShardSource(RecordStream):
             )
 
     def _make_record(self, group: Group, shard: int, names: ClassNames) -> Record | Skipped:
-        """Make a record, or say why there is none."""
+        """Make a record, or return why there is none."""
         file = str(self.paths[shard])
         origins = (self.origin,) if self.origin else ORIGIN_COLUMNS
         metadata = parse_metadata(group.files.get("json", b"{}"), origins)
@@ -256,7 +256,7 @@ class ShardSource(RecordStream):
         )
 
     def _read_captions(self, group: Group, metadata: Metadata) -> tuple[str, ...]:
-        """The captions of a record. Raises Unreadable if there is none."""
+        """The captions of a record. Raises Unreadable if there are none."""
         captions: tuple[str, ...] = (choose_caption(group.files.get("txt", b""), metadata),)
         if self.captions == "all":
             captions = tuple(c.strip() for c in metadata.captions if c.strip()) or captions
@@ -265,7 +265,7 @@ class ShardSource(RecordStream):
         return captions
 
     def reader(self, index: RecordIndex) -> ShardFiles:
-        """Read the tars as they were when they were scanned."""
+        """Read the tars in the state of the scan."""
         return ShardFiles(self.paths, index.file_stamps)
 
     def clean_copy(

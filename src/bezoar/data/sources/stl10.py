@@ -37,7 +37,10 @@ class Stl10:
         return [p for p in paths if p.is_file()]
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError that says how to get them if they are missing."""
+        """Return the records.
+
+        Raises UserError, which explains how to get them, if they are missing.
+        """
         root, download = str(expand_home(self.root)), self.download
         data = open_torchvision(
             "stl10", self.root, download, lambda: STL10(root, self.split, download=download)

@@ -36,7 +36,10 @@ class Svhn:
         return [path] if path.is_file() else []
 
     def __call__(self) -> Pairs:
-        """Return the records. Raises UserError that says how to get them if they are missing."""
+        """Return the records.
+
+        Raises UserError, which explains how to get them, if they are missing.
+        """
         root, download = str(expand_home(self.root)), self.download
         data = open_torchvision(
             "svhn", self.root, download, lambda: SVHN(root, self.split, download=download)

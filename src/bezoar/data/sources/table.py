@@ -90,7 +90,7 @@ class Table:
 
 
 class Columns(NamedTuple):
-    """The columns of a table by what they hold; empty if there is none."""
+    """The columns of a table by their contents; empty if there are none."""
 
     image: str
     caption: str
@@ -123,7 +123,7 @@ class TableSource(RecordStream):
 
     @functools.cached_property
     def stems(self) -> tuple[str, ...]:
-        """What each table is called in ids."""
+        """The name of each table in ids."""
         return distinct_stems(self.paths)
 
     def begin_pass(self) -> ReadReport:
@@ -143,7 +143,7 @@ class TableSource(RecordStream):
     def find_columns(self, number: int) -> Columns:
         """Find the columns of a table.
 
-        Raises UserError if there is none of images, or one that was named is missing.
+        Raises UserError if there are no images, or a column that was named is missing.
         """
         if number not in self._columns:
             path = self.paths[number]
@@ -209,7 +209,7 @@ class TableSource(RecordStream):
                 yield record
 
     def _make_record(self, number: int, row_number: int, row: Row) -> Record | str:
-        """Make a record of a row, or say why there is none."""
+        """Make a record of a row, or return why there is none."""
         columns = self.find_columns(number)
         image, name = self._find_image(number, row.get(columns.image))
         if image is None:
@@ -243,12 +243,12 @@ class TableSource(RecordStream):
         )
 
     def _default_id(self, number: int, row_number: int, name: str) -> str:
-        """The id of a row that tells none; name: of its image, empty if it is bytes."""
+        """The id of a row without an id; name: of its image, empty if it is bytes."""
         key = f"{name or self.stems[number]}#{row_number}"
         return f"{self.stems[number]}/{key}" if len(self.paths) > 1 and name else key
 
     def _find_image(self, number: int, cell: Any) -> tuple[bytes | Path | None, str]:
-        """Return the image of a cell and the path by which it is named; or None, and the reason."""
+        """Return the image of a cell and its path; or None, and the reason."""
         if isinstance(cell, dict):  # Hugging Face's: the file itself, or else where it lies
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, bytes):
@@ -270,7 +270,7 @@ class TableSource(RecordStream):
 
 
 def _read_captions(cell: Any) -> tuple[str, ...] | str:
-    """Return the captions of a cell, a text or a list of texts, or say why there is none."""
+    """Return the captions of a cell (a text or a list of texts), or why there are none."""
     captions: list[str] = []
     for text in cell if isinstance(cell, list) else [cell]:
         if not isinstance(text, str | bytes | None):
@@ -283,9 +283,9 @@ def _read_captions(cell: Any) -> tuple[str, ...] | str:
 class TableImages(FileImages):
     """The images of a table's records, by table and row.
 
-    An image that is a file of its own is found by its name, as in any source; one that is bytes of
-    a Parquet column (its place has a length) by its row. Rows are unpacked in blocks, of which the
-    last two are kept.
+    An image that is a separate file is found by its name, as in any source. One that is bytes of a
+    Parquet column (its place has a length) is found by its row; rows are unpacked in blocks, and
+    the last two blocks are kept.
     """
 
     source: TableSource

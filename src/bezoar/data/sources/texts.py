@@ -1,4 +1,4 @@
-"""A table of texts without images: CSV, TSV, JSON Lines, Parquet or Arrow, with a class for each text or none."""
+"""A table of texts without images, perhaps with classes: CSV, TSV, JSON Lines, Parquet or Arrow."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +29,10 @@ MAX_LABEL = 200  # characters
 
 @method
 class Texts:
-    """Records of texts alone, held in memory. An id is the file's name and the row, from 1.
+    """Records of texts, held in memory. An id is the file's name and the row, from 1.
 
-    Classes are the values of the label column, in alphabetical order. A table of images and captions
-    may be read too: its captions are the texts.
+    Classes are the values of the label column, in alphabetical order. In a table of images and
+    captions the captions are the texts.
     """
 
     path: Annotated[str, "table: .csv, .tsv, .jsonl, .parquet or .arrow"]

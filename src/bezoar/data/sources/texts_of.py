@@ -12,7 +12,10 @@ from bezoar.registry import method
 
 @method
 class TextsOf:
-    """Ids are those of the pairs: captions of one image, which differ after '#' alone, are paraphrases."""
+    """Ids are those of the pairs.
+
+    Ids of one image's captions, its paraphrases, differ only after '#'.
+    """
 
     data: Annotated[str, "spec of data with captions, in brackets: (scenes:count=500)"]
 

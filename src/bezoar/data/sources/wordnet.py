@@ -1,7 +1,7 @@
-"""WordNet's definitions of nouns (Miller 1995, Princeton University): 82,115 texts in 26 supersenses, its lexicographer files.
+"""WordNet's definitions of nouns (Miller 1995): 82,115 texts in 26 supersenses.
 
-Debian's package `wordnet-base` holds them: `apt-get download wordnet-base`, then `dpkg -x` into a
-folder; nothing needs to be installed.
+Supersenses are WordNet's lexicographer files. Debian's package `wordnet-base` holds them: run
+`apt-get download wordnet-base`, then `dpkg -x` into a folder; nothing needs to be installed.
 """
 
 from pathlib import Path
@@ -35,14 +35,17 @@ TEST_SHARE = 0.2  # of the definitions, by a draw that belongs to each
 
 @method
 class Wordnet:
-    """An id is `noun/OFFSET`, the place in data.noun. Texts are definitions without their examples."""
+    """An id is `noun/OFFSET`, the place in data.noun.
+
+    Texts are definitions without their examples.
+    """
 
     path: Annotated[str, "folder that the package was unpacked into, or that holds data.noun"]
     split: Annotated[Literal["train", "test"], "four fifths of the definitions, or the others"] = (
         "train"
     )
     classes: Annotated[tuple[str, ...], "supersenses, in this order"] = TEN
-    each: Annotated[int | None, "of a supersense at most, a fixed sample; none: all"] = 200
+    each: Annotated[int | None, "most texts of a supersense, a fixed sample; none: all"] = 200
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.classes) - set(SUPERSENSES)):
@@ -53,7 +56,7 @@ class Wordnet:
             raise ValueError("each must be at least 1")
 
     def files(self) -> list[Path]:
-        """The file of definitions. Raises UserError where there is none."""
+        """The file of definitions. Raises UserError if there is none."""
         folder = existing_folder(self.path, "folder of WordNet")
         path = next((folder / p for p in PLACES if (folder / p).is_file()), None)
         if path is None:
@@ -66,7 +69,7 @@ class Wordnet:
         report = ReadReport()
         records: list[tuple[str, int, str]] = []
         for number, line in enumerate(read_regular_text(path, MAX_BYTES).split("\n"), 1):
-            if not line or line.startswith(" "):  # the licence stands at the beginning
+            if not line or line.startswith(" "):  # the licence at the beginning
                 continue
             record = _parse_line(line)
             if record is None:
@@ -95,7 +98,7 @@ class Wordnet:
 
 
 def _parse_line(line: str) -> tuple[str, int, str] | None:
-    """Id, number of the supersense and definition of a line; None where it has none."""
+    """Id, number of the supersense and definition of a line; None if it has none."""
     head, bar, gloss = line.partition(" | ")
     fields = head.split(" ", 3)
     definition = gloss.partition('; "')[0].strip()

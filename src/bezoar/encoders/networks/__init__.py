@@ -12,21 +12,18 @@ from bezoar.encoders.encoder import Encoder, Preprocess
 
 
 class Network(Protocol):
-    """What every network offers. A method may inherit from this class, and then reads no text."""
+    """The interface of every network; `vocabulary` as defined here fits networks without texts."""
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The words of the captions that the text tower will know.
-
-        There are none without a text tower, or for one with a tokenizer of its own.
-        """
+        """The vocabulary that a fresh text tower takes from the captions; () if it needs none."""
         return ()
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
         """Build the encoder; fresh weights come from torch's global generator.
 
         Args:
-            size: side of the images in pixels; 0 where the network states its own.
-            vocabulary: what `vocabulary` gave.
+            size: side of the images in pixels, or 0 to take the network's own.
+            vocabulary: the result of `vocabulary`.
 
         Raises:
             UserError: for weights or a size that do not fit.
@@ -36,6 +33,6 @@ class Network(Protocol):
 
 
 def image_encoder(tower: nn.Module, preprocess: Preprocess, network: str) -> Encoder:
-    """An encoder without a text tower. network: the spec that builds the tower again, fresh."""
+    """An encoder without a text tower. network: the spec that builds a fresh copy of the tower."""
     tower = tower.to(memory_format=torch.channels_last)
     return Encoder(tower, preprocess, about={"network": network, "vocabulary": []})

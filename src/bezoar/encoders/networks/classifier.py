@@ -28,10 +28,10 @@ from bezoar.registry import method
 
 @method
 class Classifier(Network):
-    """`encoder.image` gives what `encoder.head` reads; `encoder.about["classes"]` has its names.
+    """`encoder.head` is the classifier; `encoder.about["classes"]` names its classes.
 
-    Strict: no key may be missing, left over or of another shape. `about["imported"]` says what was
-    assumed, not read.
+    Strict: no key may be missing, left over or of another shape. `about["imported"]` lists what
+    was assumed because the file does not state it.
     """
 
     path: Annotated[
@@ -45,7 +45,7 @@ class Classifier(Network):
     classes: Annotated[
         str, "names in the head's order, a+b, or a .txt or .json file; else numbers"
     ] = ""
-    architecture: Annotated[str, "a fresh network, in the words of an imported one's about"] = ""
+    architecture: Annotated[str, "a fresh network, as encoder.json writes it"] = ""
     prefix: Annotated[
         str, "name before the encoder's weights, where the file holds several: teacher"
     ] = ""
@@ -68,7 +68,7 @@ class Classifier(Network):
         return files
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         name = self.path or "classifier"
         weights: ClassifierWeights | None = None
         left_out: list[str] = []
@@ -120,7 +120,7 @@ class Classifier(Network):
         return usual
 
     def _assumptions(self, side: int, mean_std: str) -> list[str]:
-        """What neither the file nor the user says."""
+        """The settings that neither the file nor the user states."""
         assumed = [] if self.size else [f"size={side}"]
         if self.mean_std == "auto":
             assumed.append(f"mean_std={mean_std}")
@@ -145,7 +145,7 @@ def make_preprocess(side: int, mean_std: str) -> Preprocess:
 
 
 def check_shapes(weights: ClassifierWeights, name: str) -> None:
-    """Raise UserError unless weights fill their architecture, before memory is spent."""
+    """Raise UserError unless weights fit their architecture, before memory is allocated."""
     with torch.device("meta"):
         trunk = weights.architecture.build_trunk()
         head = weights.architecture.build_head()
@@ -157,7 +157,7 @@ def check_shapes(weights: ClassifierWeights, name: str) -> None:
 def build_encoder(
     architecture: Architecture, preprocess: Preprocess, classes: tuple[str, ...]
 ) -> Encoder:
-    """A fresh classifier; its spec builds it again."""
+    """A fresh classifier."""
     mean_std = "/".join(map(str, (*preprocess.mean, *preprocess.std)))
     text = format_architecture(architecture)
     network = f'classifier:mean_std={mean_std},size={preprocess.size},architecture="{text}"'

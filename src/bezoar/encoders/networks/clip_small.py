@@ -25,7 +25,7 @@ class BagOfWords(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """A caption without a word of the vocabulary is read as the zero vector."""
+        """Embed captions; one without a known word counts as the zero vector."""
         z: Tensor = self.head(self.words(tokens))
         return z
 
@@ -44,7 +44,7 @@ class ClipSmall(Network):
         small_towers.check_widths(self.width, self.dim)
 
     def vocabulary(self, captions: Iterable[str]) -> tuple[str, ...]:
-        """The most frequent words, which the text tower will know; ties in alphabetical order."""
+        """The `words` most frequent words of the captions; ties in alphabetical order."""
         counts = Counter(word for caption in captions for word in split_words(caption))
         return tuple(sorted(counts, key=lambda word: (-counts[word], word))[: self.words])
 

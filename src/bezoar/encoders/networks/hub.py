@@ -1,5 +1,6 @@
-"""A pretrained model of the Hugging Face hub, by its name: `hf-hub:org/name` (open_clip, timm and transformers)."""
+"""A pretrained model of the Hugging Face hub, by its name: `hf-hub:org/name`."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,6 @@ from bezoar.registry import method
 
 NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 REVISION = re.compile(r"[\w./-]{0,96}")
-# Config, preprocessing, and weights in the order in which one of them is enough.
 CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 SAFE = "*.safetensors"
 
@@ -33,25 +33,19 @@ class Hub(Network):
             raise ValueError(f"expected ORG/NAME of the hub; got {self.name[:100]!r}")
 
     def files(self) -> list[Path]:
-        """What the hub's cache holds of the model, once it was fetched."""
+        """The model's files in the hub's cache."""
         return pretrained_folders.open_folder(str(self.fetch())).files()
 
     def fetch(self) -> Path:
-        """The folder of the model, fetched where the cache does not hold it. Raises UserError."""
-        revision = self.revision or None
+        """The model's folder in the cache, fetched if need be. Raises UserError if that fails."""
+        download = functools.partial(
+            huggingface_hub.snapshot_download, self.name, revision=self.revision or None
+        )
         try:
-            patterns = [*CONFIGS, SAFE, "*.safetensors.index.json"]
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    self.name, revision=revision, allow_patterns=patterns
-                )
-            )
+            folder = Path(download(allow_patterns=[*CONFIGS, SAFE, "*.safetensors.index.json"]))
             if not any(folder.glob(SAFE)):
-                pickles = ["open_clip_pytorch_model.bin", "pytorch_model.bin"]
-                huggingface_hub.snapshot_download(
-                    self.name, revision=revision, allow_patterns=pickles
-                )
-        except Exception as error:  # whatever the library that fetches raises
+                download(allow_patterns=["open_clip_pytorch_model.bin", "pytorch_model.bin"])
+        except Exception as error:  # huggingface_hub raises many kinds
             raise UserError(
                 f"hf-hub:{self.name} could not be fetched: {first_line(error)[:200]}"
             ) from error

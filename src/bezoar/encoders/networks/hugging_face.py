@@ -17,6 +17,7 @@ from bezoar.encoders import (
     small_towers,
     timm_models,
     transformers_weights,
+    weight_prefixes,
 )
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.encoders.networks import Network
@@ -62,7 +63,7 @@ class HuggingFace(Network):
         usual = encoder.preprocess.size
         try:
             small_towers.check_input_size(encoder.image, preprocess.size, self.path)
-        except UserError:  # the size of what images are cut from, say
+        except UserError:  # it may be the size before cropping
             preprocess = dataclasses.replace(preprocess, size=usual)
             small_towers.check_input_size(encoder.image, usual, self.path)
         if self.mean_std != "auto":
@@ -81,7 +82,7 @@ class HuggingFace(Network):
 
 
 def _open_open_clip(folder: PretrainedFolder) -> filling.Filled:
-    """Both towers; the image tower alone where the text tower has a tokenizer that is not at hand."""
+    """Both towers, or the image tower alone if the text tower needs a tokenizer of the hub's."""
     config = folder.config.object("model_cfg")
     text_config = config.object("text_cfg")
     foreign = text_config.get("hf_tokenizer_name") or text_config.get("hf_model_name")
@@ -94,9 +95,7 @@ def _open_open_clip(folder: PretrainedFolder) -> filling.Filled:
     with torch.device("meta"):
         blank = open_clip_models.build_from_config(text)
     if foreign:
-        weights = {
-            k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")
-        }
+        weights = weight_prefixes.below(tensors, "visual.")
         check_weights(blank.visual, weights, path, "the image tower of its config")
         encoder = filling.make_network(f"clip_image:{spec}")
         encoder.image.load_state_dict(weights)
@@ -145,7 +144,7 @@ def _open_transformers(folder: PretrainedFolder) -> filling.Filled:
 
 
 def _class_names(config: Facts) -> tuple[str, ...]:
-    """The names that a config gives to classes; () where they are numbers alone, or none."""
+    """The class names of a config; () if it has none, or only `LABEL_0`, `LABEL_1`, ..."""
     names = config.get("id2label", config.get("label_names"))  # of transformers, and of timm
     if isinstance(names, list):
         names = {str(i): name for i, name in enumerate(names)}

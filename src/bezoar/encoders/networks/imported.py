@@ -11,6 +11,7 @@ from bezoar.data.files import checkpoints
 from bezoar.data.files.paths import existing_file
 from bezoar.encoders import (
     checkpoint_layouts,
+    filling,
     open_clip_models,
     small_towers,
     weight_prefixes,
@@ -26,9 +27,9 @@ from bezoar.registry import method
 class Imported(Network):
     """Strict: no key may be missing, unexpected or misshapen. `about` says what was assumed.
 
-    mean_std=auto: cifar for a 3x3 stem (BadEncoder's encoders of STL10 have the same keys: say
-    stl10), imagenet for a 7x7 one, but none for SimCLR's ImageNet encoder, and clip for CLIP. No
-    such file states its normalisation.
+    No such file states its normalisation. `mean_std=auto` takes cifar for a 3x3 stem, imagenet for
+    a 7x7 stem, none for SimCLR's ImageNet encoder, and clip for CLIP. BadEncoder's encoders of
+    STL10 have the same keys as those of CIFAR-10, so they need `mean_std=stl10`.
     """
 
     path: Annotated[
@@ -42,10 +43,6 @@ class Imported(Network):
         "input side in pixels; 0 is the layout's: 32 of a 3x3 stem, 224 of a 7x7 one, CLIP's own",
     ] = 0
     model: Annotated[str, "open_clip architecture, where the keys fit several"] = ""
-    text: Annotated[
-        str,
-        "to an image tower of CLIP: the text tower of NAME/PRETRAINED (open_clip's), for zero-shot",
-    ] = ""
     prefix: Annotated[
         str, "name before the encoder's weights, where the file holds several: teacher"
     ] = ""
@@ -61,7 +58,7 @@ class Imported(Network):
         return [existing_file(self.path, "weights file")]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         loaded = checkpoints.load_tensors(self.path, self.prefix)
         prefixes = checkpoint_layouts.encoder_prefixes(loaded)
         weights = weight_prefixes.select_encoder(loaded, prefixes, self.path, self.prefix)
@@ -97,10 +94,6 @@ class Imported(Network):
         Returns:
             the encoder, and what was assumed of it.
         """
-        if self.text:
-            raise UserError(
-                f"{self.path} holds no image tower of CLIP; text={self.text} cannot be joined to it"
-            )
         depth, stem, width = checkpoint_layouts.resnet_shape(tower, self.path)
         usual = stem
         if stem == "imagenet" and checkpoint_layouts.is_simclr_imagenet(tower, layout):
@@ -126,7 +119,7 @@ class Imported(Network):
         return encoder, assumed
 
     def _import_clip_image(self, tower: dict[str, Tensor]) -> tuple[Encoder, list[str]]:
-        """Import an image tower of CLIP as `clip_image`, or joined to the text tower of `text`.
+        """Import an image tower of CLIP as `clip_image`.
 
         Returns:
             the encoder, and what was assumed of it.
@@ -134,29 +127,13 @@ class Imported(Network):
         name = self.model or open_clip_models.find_architecture(tower, None, self.path)
         blank = open_clip_models.build_blank(name).visual
         check_weights(blank, tower, self.path, f"the image tower of open_clip's {name}")
-        if self.text:
-            return self._join_text(name, tower), []
         mean_std, assumed = self._choose_mean_std("clip")
         encoder = self._build(f"clip_image:model={name},mean_std={mean_std}")
         encoder.image.load_state_dict(tower)
         return encoder, assumed
 
-    def _join_text(self, name: str, tower: dict[str, Tensor]) -> Encoder:
-        """An image tower of CLIP with the text tower and preprocessing of published weights."""
-        if self.text.partition("/")[0] != name:
-            raise UserError(
-                f"{self.path}: an image tower of open_clip's {name}; text={self.text} is of another architecture"
-            )
-        if self.mean_std != "auto":
-            raise UserError(
-                f"{self.path}: the normalisation comes with text={self.text}; leave it out"
-            )
-        encoder = self._build(f"open_clip:{self.text}")
-        encoder.image.get_submodule("model.visual").load_state_dict(tower)
-        return encoder
-
     def _import_clip(self, tensors: dict[str, Tensor]) -> tuple[Encoder, list[str]]:
-        """Import both towers of CLIP as `open_clip`, with the preprocessing that it states.
+        """Import both towers of CLIP as `open_clip`, with open_clip's own preprocessing.
 
         Returns:
             the encoder, and what was assumed of it.
@@ -165,11 +142,7 @@ class Imported(Network):
             raise UserError(
                 f"{self.path}: open_clip states the normalisation of an architecture with both towers; leave it out"
             )
-        image_weights = {
-            key.removeprefix("visual."): v
-            for key, v in tensors.items()
-            if key.startswith("visual.")
-        }
+        image_weights = weight_prefixes.below(tensors, "visual.")
         name = self.model or open_clip_models.find_architecture(image_weights, tensors, self.path)
         blank = open_clip_models.build_blank(name)
         check_weights(blank, tensors, self.path, f"open_clip's {name}")
@@ -179,13 +152,8 @@ class Imported(Network):
         return encoder, [f"open_clip's preprocessing of {name} (mean {mean:g}...)"]
 
     def _build(self, spec: str) -> Encoder:
-        """Build a network of open_clip's, without a warning of weights that will be replaced.
-
-        Raises UserError if it takes images of another `size`.
-        """
-        network: Network = registry.make("network", spec)
-        with open_clip_models.without_weight_warnings():
-            encoder = network()
+        """Build a fresh network of open_clip's. Raises UserError if its input is not `size`."""
+        encoder = filling.make_network(spec)
         if self.size not in (0, encoder.preprocess.size):
             raise UserError(
                 f"{self.path}: its weights are for {encoder.preprocess.size} px; size={self.size} does not fit"

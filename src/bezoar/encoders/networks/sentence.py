@@ -1,4 +1,4 @@
-"""A sentence encoder: a BERT whose pieces' vectors are averaged (Reimers and Gurevych 2019), out of its folder."""
+"""A sentence encoder: a BERT whose token vectors are averaged (Reimers and Gurevych 2019)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,10 @@ from bezoar.registry import method, spec_value
 
 @method
 class Sentence(Network):
-    """Reads texts and no images. Folders are those that sentence-transformers writes of a BERT.
+    """Embeds texts, not images. Reads the folders that sentence-transformers writes for a BERT.
 
-    Read are config.json, tokenizer.json, model.safetensors and 1_Pooling/config.json; nothing is
-    unpickled, and no code of a folder is run.
+    These hold config.json, tokenizer.json, model.safetensors and 1_Pooling/config.json. Nothing is
+    unpickled, and no code of the folder is run.
     """
 
     path: Annotated[str, "folder of the encoder"] = ""
@@ -31,13 +31,13 @@ class Sentence(Network):
             SentenceConfig.parse(self.config)
 
     def files(self) -> list[Path]:
-        """What is read of the folder."""
+        """The files of the folder that are read."""
         return sentence_towers.folder_files(self.path) if self.path else []
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder. size: is not used. vocabulary: the pieces of a fresh encoder by number.
+        """The encoder. `size` is not used; `vocabulary` is that of a fresh encoder.
 
-        Raises ValueError for a vocabulary without the pieces that every text is given.
+        Raises ValueError for a vocabulary without the special tokens.
         """
         if self.config:
             return build_encoder(SentenceConfig.parse(self.config), vocabulary)
@@ -62,7 +62,7 @@ class Sentence(Network):
 
 
 def build_encoder(config: SentenceConfig, vocabulary: tuple[str, ...]) -> Encoder:
-    """A fresh sentence encoder. Raises ValueError for a vocabulary that texts cannot be cut with."""
+    """A fresh sentence encoder. Raises ValueError for a vocabulary without the special tokens."""
     tokenizer = WordPieces(vocabulary, config.length, config.lower, config.strip_accents)
     tower = SentenceTower(config, len(vocabulary), tokenizer.numbers[PADDING])
     about = {

@@ -16,7 +16,7 @@ from bezoar.registry import method
 
 @method
 class Timm(Network):
-    """Images only. The preprocessing is what the weights state, but nothing is cropped."""
+    """Images only. The preprocessing is the one that the weights state, without cropping."""
 
     model: Annotated[
         str, "NAME or NAME.TAG, fresh; with /pretrained, the published weights; or with /FILE"
@@ -35,14 +35,11 @@ class Timm(Network):
             raise ValueError(str(error)) from error
 
     def files(self) -> list[Path]:
-        """The weights file, where one is named."""
+        """The weights file, if one is named."""
         return named_weights_file(self.model.partition("/")[2], ("pretrained",))
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder.
-
-        Published weights, and models that take one size only, state theirs; others take `size`.
-        """
+        """The encoder. `size` is used unless the weights or the model fix the input size."""
         name, slash, weights = self.model.partition("/")
         is_file = bool(self.files())
         if slash and weights != "pretrained" and not is_file:
@@ -58,8 +55,8 @@ class Timm(Network):
         states_size = bool(weights) or model.pretrained_cfg.get("fixed_input_size")
         if side or (size and not states_size):
             preprocess = dataclasses.replace(preprocess, size=side or size)
-        # The spec has the tag of the weights, which decides the preprocessing, but not the weights:
-        # a saved encoder has its own.
+        # The spec keeps the tag of the weights, which decides the preprocessing, but not the
+        # weights: a saved encoder holds its own.
         tag = model.pretrained_cfg.get("tag") or ""
         fresh = f"timm:model={name.partition('.')[0]}.{tag}".removesuffix(".")
         if self.arguments:
@@ -70,9 +67,7 @@ class Timm(Network):
 
 
 def load_without_classifier(model: Any, path: str, name: str, prefix: str = "") -> None:
-    """Fill a model from a weights file, whose classifier is left out.
-
-    prefix: of the encoder's weights, where the file holds several.
+    """Load a weights file into a model, without the classifier. See `Timm.prefix`.
 
     Raises UserError for weights that do not fit.
     """

@@ -14,7 +14,7 @@ from bezoar.registry import method
 
 @method
 class Torchvision(Network):
-    """Images only. The preprocessing is what the weights state, but nothing is cropped."""
+    """Images only. The preprocessing is the one that the weights state, without cropping."""
 
     model: Annotated[str, "NAME, or NAME/WEIGHTS with weights that torchvision publishes"] = (
         "resnet18"
@@ -24,10 +24,7 @@ class Torchvision(Network):
     ] = False
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder.
-
-        If WEIGHTS are named it takes the size that they state; else `size`, or 224 when that is 0.
-        """
+        """The encoder. Published weights state the input size; otherwise it is `size`, or 224."""
         name, _, tag = self.model.partition("/")
         classifiers = models.list_models(module=models)
         if name not in classifiers:
@@ -60,7 +57,7 @@ class Torchvision(Network):
 
 
 def stated_preprocess(weights: Any) -> Preprocess:
-    """The preprocessing of published weights; the whole image takes the size of their crop."""
+    """The preprocessing of published weights: images are resized to the size of their crop."""
     transforms = weights.transforms()
     return Preprocess(
         transforms.crop_size[0],
@@ -71,11 +68,10 @@ def stated_preprocess(weights: Any) -> Preprocess:
 
 
 def remove_classifier(model: nn.Module, name: str) -> None:
-    """Replace a classifier's last layer by the identity; the model then gives what that layer read.
+    """Replace a classifier's last layer by the identity.
 
-    Raises:
-        UserError: for the few models whose last layer is not linear, or that have further
-        classifiers on the way.
+    Raises UserError for the few models that do not end in a linear layer, or have auxiliary
+    classifiers.
     """
     path = torchvision_models.last_layer(model)
     if not path or hasattr(model, "aux_logits"):

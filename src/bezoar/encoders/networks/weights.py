@@ -1,4 +1,4 @@
-"""A file or folder of weights that says itself what it is: what a bare path stands for."""
+"""A file or folder of weights whose kind is recognised: what a bare path stands for."""
 
 import dataclasses
 import os
@@ -36,17 +36,17 @@ LINEAR = ("fc.weight", "linear.weight", "classifier.weight")
 
 @method
 class Weights(Network):
-    """Tells by names and shapes alone: classifiers, self-supervised trunks, CLIP, timm, torchvision.
+    """Recognises classifiers, self-supervised trunks, CLIP, timm and torchvision by their weights.
 
     Folders are those of open_clip, timm, transformers and sentence-transformers, and of bezoar's
-    own encoders. What no weight states is assumed, and said: `about["imported"]`.
+    own encoders. `about["imported"]` lists what was assumed because no weight states it.
     """
 
     path: Annotated[str, "file or folder"]
     mean_std: Annotated[
         str, "normalisation: cifar, imagenet, clip, half, none ...; auto is the file's, or guessed"
     ] = "auto"
-    size: Annotated[int, "input side in pixels; 0: what the weights suggest"] = 0
+    size: Annotated[int, "input side in pixels; 0: the usual one for these weights"] = 0
     model: Annotated[str, "name of timm's or open_clip's, where the weights fit several"] = ""
     classes: Annotated[
         str, "names in the head's order, a+b, or a .txt or .json file; else numbers"
@@ -77,7 +77,7 @@ class Weights(Network):
         return [path]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
-        """The encoder; `size` is 0 or the images' side. Raises UserError for what does not fit."""
+        """The encoder; `size` is 0 or the images' side. Raises UserError if it does not fit."""
         path = expand_home(self.path)
         if os.path.isdir(path):
             encoder = self._open_folder(path, size)
@@ -114,7 +114,7 @@ class Weights(Network):
                 return self._make("imported", size, **clip)
             if classifier_weights.classifier_prefixes(tensors):
                 return self._make("classifier", size, **classifier)
-        except UserError as error:  # a network that is similar, perhaps
+        except UserError as error:  # perhaps another network with similar names, tried below
             problem = error
         encoder = self._open_others(path, tensors)
         if encoder is not None:
@@ -124,7 +124,7 @@ class Weights(Network):
         raise UserError(self._describe_unknown(tensors))
 
     def _take_size(self, encoder: Encoder) -> Encoder:
-        """The encoder for images of `size` pixels, where one is stated."""
+        """The same encoder; if the user stated a `size`, it takes images of that size."""
         if self.size:
             imported = encoder.about["imported"]
             small_towers.check_input_size(encoder.image, self.size, imported["what"])
@@ -133,7 +133,7 @@ class Weights(Network):
         return encoder
 
     def _open_others(self, path: Path, tensors: dict[str, Tensor]) -> Encoder | None:
-        """timm's and torchvision's models, and EfficientNets by other names; None for none of them."""
+        """A model of timm's or torchvision's, or efficientnet-pytorch's; None if it is neither."""
         prefixes = [key.removesuffix(PATCHES) for key in tensors if key.endswith(PATCHES)]
         selected = weight_prefixes.select_encoder(tensors, prefixes, self.path, self.prefix)
         weights, trained_with = timm_models.tidy_transformer(
@@ -156,7 +156,7 @@ class Weights(Network):
         return encoder
 
     def _name_of_timm(self, weights: dict[str, Tensor], file: str) -> str:
-        """The model of timm's that weights are of; "" if there is none. Raises UserError for several."""
+        """The model of timm's with these weights, or "". Raises UserError if several fit."""
         if self.model:
             return self.model if timm.is_model(self.model) else ""
         names = timm_models.find_models(weights, file)
@@ -175,7 +175,7 @@ class Weights(Network):
         if self.mean_std != "auto":
             encoder.set_preprocess(normalisation.with_mean_std(encoder.preprocess, self.mean_std))
         else:
-            # Transformers out of self-supervised training (DINO, MAE) read what ResNets do.
+            # Self-supervised transformers (DINO, MAE) use the normalisation of ResNets.
             if arguments and left_out:
                 encoder.set_preprocess(normalisation.with_mean_std(encoder.preprocess, "imagenet"))
             name = normalisation.mean_std_name(encoder.preprocess)
@@ -198,7 +198,7 @@ class Weights(Network):
         return encoder
 
     def _describe_unknown(self, tensors: dict[str, Tensor]) -> str:
-        """What is said of weights that are of no network that is known."""
+        """The message for weights of an unknown network."""
         if any(start in key for key in tensors for start in OF_TRANSFORMERS):
             return (
                 f"{self.path}: weights of a model of transformers, whose sizes stand in config.json; "
@@ -211,7 +211,7 @@ class Weights(Network):
 
 
 def _has_linear_head(tensors: dict[str, Tensor]) -> bool:
-    """Whether below the only encoder of a file stands a classifier, with its convolutions first."""
+    """Whether a file holds one encoder, a convolutional network with a linear classifier."""
     prefixes = set(checkpoint_layouts.encoder_prefixes(tensors))
     starts = set(classifier_weights.classifier_prefixes(tensors))
     if len(prefixes) != 1 or prefixes != starts:

@@ -10,7 +10,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.scores import Measure
 
-# What a probe reports of each head when it reads with several of them.
+# The measures of each head that probes with several heads report.
 MAIN_MEASURES = (
     "clean_accuracy",
     "attack_success",
@@ -35,21 +35,21 @@ class Probe(Protocol):
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Measure accuracy, and what the attacks achieve.
+        """Measure accuracy, and the success of the attacks.
 
         Args:
             encoder: the encoder to measure.
             train: labelled records, for a probe that fits a head; None otherwise.
             test: the test set.
-            goals: what the attacks aim at.
+            goals: the attacks' goals.
             victims: images that goals name as victims, or None.
 
         Returns:
-            Measures by name, as `success` names them; all but the zero-shot probe's begin with the
-            probe's name and a dot.
+            Measures by name; see `success`. All but the zero-shot probe's begin with the probe's
+            name and a dot.
 
         Raises:
-            UserError: if the data do not have what the probe needs.
+            UserError: if the data lack something that the probe needs.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Branch swap: which tower carries the backdoor? Towers of an encoder and of its clean twin, combined (DIFE audit, 2026)."""
+"""Branch swap (DIFE audit, 2026): swaps towers with a clean twin to find the backdoored one."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -20,12 +20,12 @@ from bezoar.registry import method
 
 @method
 class BranchSwap:
-    """`neither`, `vision`, `text`, `both`: which towers are the encoder's, not its twin's.
+    """Results `neither`, `vision`, `text` and `both` name the towers that come from the encoder.
 
-    The published audit swaps towers of a model and of one fine-tuned from it, which share a space
-    (align=none). The spaces of encoders that were trained apart differ by a rotation, which is
-    fitted on clean pairs. An isometry fitted to clean data neither makes nor removes a backdoor. A
-    swap means something where its clean accuracy is near that of `both` and `neither`.
+    The published audit swaps towers between a model and one fine-tuned from it, which share a space
+    (align=none). The spaces of encoders that were trained separately differ by a rotation, which is
+    fitted on clean pairs; it neither adds nor removes a backdoor. A swap is meaningful if its clean
+    accuracy is close to that of `both` and `neither`.
     """
 
     align: Annotated[
@@ -34,17 +34,15 @@ class BranchSwap:
     pairs: Annotated[
         int, "clean pairs that the rotation is found on, a fixed sample of the training data"
     ] = 5000
-    templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
-    batch: Annotated[int, "images at a time"] = 512
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What else the probe is called with; clean pairs only to align the spaces."""
+        """The probe's further arguments; clean pairs are only needed to align the spaces."""
         return ("baseline",) if self.align == "none" else ("train", "baseline")
 
     def __post_init__(self) -> None:
-        if self.pairs < 2 or self.batch < 1:
-            raise ValueError("needs pairs >= 2, batch >= 1")
+        if self.pairs < 2:
+            raise ValueError("needs pairs >= 2")
 
     def __call__(
         self,
@@ -64,10 +62,8 @@ class BranchSwap:
             raise UserError(
                 "branch_swap needs the clean twin of the encoder: give it as the baseline"
             )
-        ours, twin = (
-            success.TestViews.of(e, test, goals, victims, self.batch) for e in (encoder, baseline)
-        )
-        zero_shot = registry.find_method("probe", "zero_shot")(templates=self.templates)
+        ours, twin = (success.TestViews.of(e, test, goals, victims) for e in (encoder, baseline))
+        zero_shot = registry.find_method("probe", "zero_shot")()
         our_texts, twin_texts = (zero_shot.head(e, test.classes) for e in (encoder, baseline))
         dimension, twin_dimension = ours.clean.shape[1], twin.clean.shape[1]
         if dimension != twin_dimension:
@@ -104,7 +100,7 @@ class BranchSwap:
     def _fit_rotation(
         self, encoder: Encoder, baseline: Encoder, train: Pairs | None, dimension: int
     ) -> tuple[Tensor, str]:
-        """Return the rotation (D, D) from the encoder's space to the twin's, and what it is."""
+        """Return the rotation (D, D) from the encoder's space to the twin's, and a description."""
         if self.align == "none":
             return torch.eye(dimension, device=encoder.device), "spaces as they are"
         if train is None:
@@ -117,7 +113,7 @@ class BranchSwap:
                 f"aligning {dimension} dimensions needs at least as many clean pairs; "
                 f"there are {len(sample)}"
             )
-        ours, twin = (e.embed(sample, self.batch) for e in (encoder, baseline))
+        ours, twin = (e.embed(sample) for e in (encoder, baseline))
         how = f"spaces aligned on {len(sample)} clean images"
         if ours.texts is None or twin.texts is None:
             return procrustes(ours.images, twin.images), how

@@ -1,4 +1,4 @@
-"""Few labels: accuracy and attack success by the number of labelled examples a class (Radford et al. 2021, section 3.1.4)."""
+"""Accuracy and attack success with few labels a class (Radford et al. 2021, section 3.1.4)."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -19,27 +19,22 @@ from bezoar.registry import method
 
 @method
 class FewShot:
-    """The linear probe's head on K records of every class, drawn by their ids; and on all of them.
+    """Fits the linear probe's head on K random records of every class, and on all records.
 
-    Of a class with fewer than K records all are taken; a K that no class exceeds would be all
-    records, and is left out. The records of a draw with K are among those of the same draw with a
-    larger K.
+    A class with fewer than K records gives all of them. A K of at least the largest class is left
+    out. Draws are nested: each holds the records of the same draw with a smaller K.
     """
 
     shots: Annotated[tuple[int, ...], "labelled records a class"] = (1, 2, 5, 10, 20, 50, 100)
     draws: Annotated[int, "draws of each; the mean is over them"] = 5
     c: Annotated[float, "weight of the data against the penalty, as of the linear probe"] = 0.316
-    standardise: Annotated[
-        bool, "scale every feature to mean 0 and variance 1 over the drawn records"
-    ] = True
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
-    batch: Annotated[int, "images at a time"] = 512
 
     needs = ("train", "report")
 
     def __post_init__(self) -> None:
-        if min(self.shots, default=1) < 1 or not self.c > 0 or min(self.draws, self.batch) < 1:
-            raise ValueError("needs shots >= 1, draws >= 1, c > 0, batch >= 1")
+        if min(self.shots, default=1) < 1 or not self.c > 0 or self.draws < 1:
+            raise ValueError("needs shots >= 1, draws >= 1, c > 0")
         check_limit(self.limit)
 
     def __call__(
@@ -52,9 +47,9 @@ class FewShot:
         report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
         """Return `few_shot.K.clean_accuracy` and the like, K a number or `all`; see `Probe`."""
-        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
-        linear = registry.find_method("probe", "linear")(self.c, self.standardise)
+        views = success.TestViews.of(encoder, test, goals, victims)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
+        linear = registry.find_method("probe", "linear")(self.c)
         classes = labelled.labels.cpu().numpy()
         largest_class = int(np.bincount(classes).max())
         trials = [
@@ -81,7 +76,7 @@ class FewShot:
 
 
 def draw_per_class(ids: Sequence[str], classes: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Draw at most `count` records of each class, by draws that belong to their ids.
+    """Draw at most `count` records of each class. The draw depends on the seed and their ids.
 
     ids: N record ids. classes: int64 (N,). Returns their rows, ascending.
     """

@@ -1,9 +1,8 @@
-"""k nearest neighbours by cosine, their votes weighted by similarity (Wu et al. 2018, section 3.4)."""
+"""k nearest neighbours by cosine, with votes weighted by similarity (Wu et al. 2018, 3.4)."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from bezoar.attacks.plan import Goal
@@ -18,24 +17,20 @@ from bezoar.registry import method
 
 @method
 class Knn:
-    """A neighbour of cosine s votes for its class with weight exp(s / temperature), or with 1.
+    """A neighbour of cosine s votes for its class with weight exp(s / temperature).
 
     k is the paper's. Its temperature is 0.07; monitors of SimCLR reimplementations use 0.5.
     """
 
     k: Annotated[int, "neighbours that vote"] = 200
-    vote: Annotated[Literal["weighted", "majority"], "by similarity, or one neighbour one vote"] = (
-        "weighted"
-    )
     temperature: Annotated[float, "of the weights; lower trusts the nearest more"] = 0.5
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
-    batch: Annotated[int, "images at a time"] = 512
 
     needs = ("train",)
 
     def __post_init__(self) -> None:
-        if self.k < 1 or not self.temperature > 0 or self.batch < 1:
-            raise ValueError("needs k >= 1, temperature > 0, batch >= 1")
+        if self.k < 1 or not self.temperature > 0:
+            raise ValueError("needs k >= 1, temperature > 0")
         check_limit(self.limit)
 
     def __call__(
@@ -46,13 +41,13 @@ class Knn:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, as `knn.*`; see `Probe`.
+        """Return the measures of `TestViews.measures` as `knn.*`; see `Probe`.
 
         Raises UserError if there are fewer than k labelled records.
         """
-        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
-        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.batch)
-        how = f"; {self.vote} vote of the {self.k} nearest of {len(labelled)} labelled records"
+        views = success.TestViews.of(encoder, test, goals, victims)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
+        how = f"; weighted vote of the {self.k} nearest of {len(labelled)} labelled records"
         measures = views.measures(
             lambda z: self.votes(z, labelled.z, labelled.labels, len(test.classes)), how
         )
@@ -70,10 +65,8 @@ class Knn:
             float64 (N, C).
         """
         neighbors = nearest_neighbors(queries, references, self.k)
-        weight = torch.ones_like(neighbors.distance, dtype=torch.float64)
-        if self.vote == "weighted":
-            cosine = 1 - neighbors.distance.double().square() / 2
-            # Relative to the nearest, whose weight is 1, so that nothing overflows.
-            weight = ((cosine - cosine[:, :1]) / self.temperature).exp()
+        cosine = 1 - neighbors.distance.double().square() / 2
+        # Relative to the nearest, whose weight is 1, so that nothing overflows.
+        weight = ((cosine - cosine[:, :1]) / self.temperature).exp()
         votes = weight.new_zeros(len(queries), classes)
         return votes.scatter_add_(1, labels[neighbors.index], weight)

@@ -1,4 +1,4 @@
-"""MLP head: in-512-256-C on frozen unit features, the downstream classifier of BadEncoder (Jia, Liu, Gong 2022)."""
+"""MLP head in-512-256-C on frozen unit features, as in BadEncoder (Jia, Liu, Gong 2022)."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,7 +15,7 @@ from bezoar.registry import method
 
 @method
 class Mlp:
-    """The mean over several heads, each with its own start, order and dropout.
+    """The mean over several heads with different initial weights, order and dropout.
 
     ReLU; dropout after the first hidden layer; Adam on cross-entropy, to the last epoch. The
     published code trains one head and does not shuffle (shuffle=false).
@@ -31,15 +31,14 @@ class Mlp:
     ] = True
     seeds: Annotated[int, "heads, trained at once"] = 3
     limit: Annotated[int | None, "labelled records at most, a fixed sample"] = None
-    images: Annotated[int, "images at a time through the encoder"] = 512
 
     needs = ("train", "report")
 
     def __post_init__(self) -> None:
         if min(self.hidden, default=1) < 1 or not 0 <= self.dropout < 1:
             raise ValueError("needs widths of at least 1 and 0 <= dropout < 1")
-        if not self.lr > 0 or min(self.batch, self.epochs, self.seeds, self.images) < 1:
-            raise ValueError("needs lr > 0, and batch, epochs, seeds and images of at least 1")
+        if not self.lr > 0 or min(self.batch, self.epochs, self.seeds) < 1:
+            raise ValueError("needs lr > 0, and batch, epochs and seeds of at least 1")
         check_limit(self.limit)
 
     def __call__(
@@ -51,9 +50,9 @@ class Mlp:
         victims: Pairs | None = None,
         report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, as `mlp.*`; see `Probe`."""
-        views = success.TestViews.of(encoder, test, goals, victims, self.images)
-        labelled = success.embed_labelled(encoder, train, test, goals, self.limit, self.images)
+        """Return the measures of `TestViews.measures` as `mlp.*`; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims)
+        labelled = success.embed_labelled(encoder, train, test, goals, self.limit)
         stack = heads.fit(labelled.z, labelled.labels, len(test.classes), self, report)
         widths = "-".join(map(str, (labelled.z.shape[1], *self.hidden, len(test.classes))))
         how = f"; head {widths} on {len(labelled)} labelled records, {self.epochs} epochs"

@@ -1,9 +1,8 @@
-"""The network's own head: what a classifier that came with its last layers says, as it is served (BadNets, Gu et al. 2017)."""
+"""The classifier that came with the encoder's weights (BadNets, Gu et al. 2017)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 from bezoar.attacks.plan import Goal
 from bezoar.data.pairs import Pairs
@@ -18,12 +17,6 @@ from bezoar.registry import method
 class Own:
     """CA/BA and ASR by the network's head. A class that the test set lacks counts as wrong."""
 
-    batch: Annotated[int, "images at a time"] = 512
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError("needs batch >= 1")
-
     def __call__(
         self,
         encoder: Encoder,
@@ -32,12 +25,12 @@ class Own:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, as `own.*`; see `Probe`.
+        """Return the measures of `TestViews.measures` as `own.*`; see `Probe`.
 
-        Raises UserError if the encoder has no head of its own, or one of other classes.
+        Raises UserError if the encoder has no head of its own, or one with other classes.
         """
         classifier = classifiers.own_classifier(encoder, test.classes)
         how = f"; {classifier.how}, {len(classifier.classes)} classes"
         logits = classifiers.LogitEncoder(classifier)
-        views = success.TestViews.of(logits, test, goals, victims, self.batch)
+        views = success.TestViews.of(logits, test, goals, victims)
         return add_prefix("own", views.measures(lambda z: z, how))

@@ -1,4 +1,4 @@
-"""PatchCleanser: read an image through pairs of masks; certifies against any patch of a size (Xiang et al. 2022, USENIX)."""
+"""PatchCleanser (Xiang et al. 2022, USENIX): masks images twice, and certifies against patches."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Read = Callable[[Tensor], Tensor]  # uint8 or float 0..1 (B, 3, H, W) -> int64 (
 
 @method
 class PatchCleanser:
-    """CA and ASR behind double masking, and certified accuracy.
+    """CA and ASR with double masking, and certified accuracy.
 
-    That is the share of test images that no patch of `patch` x `patch` pixels, wherever it stands
-    and whatever it shows, can have read as another class. Masks have m = patch + s - 1 pixels a
+    Certified accuracy is the share of test images that no patch of `patch` x `patch` pixels can
+    change the reading of, whatever its place and content. Masks have m = patch + s - 1 pixels a
     side, in steps of s = ceil((n - patch + 1) / masks) over images of n pixels, so that every patch
-    lies whole under one of them. An image is certified exactly if it is read right through every
-    two masks.
+    lies whole under one of them. An image is certified if and only if it is read right through
+    every pair of masks.
     """
 
     patch: Annotated[
@@ -48,13 +48,13 @@ class PatchCleanser:
     ] = 6
     masks: Annotated[int, "a side; more are smaller, and cost their fourth power"] = 6
     head: Annotated[
-        Literal["auto", "own", "zero_shot", "linear"], "what reads vectors; auto: own or zero-shot"
+        Literal["auto", "own", "zero_shot", "linear"], "the classifier; auto: own or zero-shot"
     ] = "auto"
     limit: Annotated[int | None, "test images, a fixed sample; none takes all"] = 500
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What else the probe is called with; labelled data only for a head that is fitted."""
+        """The probe's further arguments; labelled data are only needed to fit a head."""
         return ("train", "report") if self.head == "linear" else ("report",)
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class PatchCleanser:
         victims: Pairs | None = None,
         report: ProgressReport = no_report,
     ) -> dict[str, Measure]:
-        """Return `patch_cleanser.*`: certified_accuracy, and accuracy and success behind the masks.
+        """Return `patch_cleanser.*`: certified_accuracy, and accuracy and success with masks.
 
         Raises UserError if the test set has no classes and labels, the patch is as large as the
         images, or there is no head.
@@ -130,9 +130,9 @@ class PatchCleanser:
     def _make_classifier(
         self, encoder: Encoder, train: Pairs | None, test: Pairs
     ) -> tuple[classifiers.Classifier, Tensor]:
-        """Return what reads images, and the test set's number of each of its classes, int64 (C,).
+        """Return a classifier of images, and the test set's numbers of its classes, int64 (C,).
 
-        Classes that the test set does not have get numbers beyond its own.
+        Classes that the test set lacks get numbers beyond its own.
         """
         if self.head == "linear":
             success.select_labelled(train, test)  # raises what is wrong with them
@@ -173,9 +173,9 @@ class PatchCleanser:
 
 
 class DoubleMasking:
-    """Reads images behind one and two masks, filled with the encoder's mean colour.
+    """Reads images through one and two masks, filled with the encoder's mean colour.
 
-    No pixel of the image has a say in the fill.
+    The fill does not depend on the image.
     """
 
     def __init__(self, read: Read, masks: Tensor, encoder: Encoder) -> None:
@@ -222,12 +222,12 @@ class DoubleMasking:
         return self.read_through(images, rows, mask, mask).view(n, m)
 
     def predict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Read images behind double masking (algorithm 1).
+        """Read images with double masking (algorithm 1).
 
-        If all one-mask readings agree, it is that one. Otherwise a mask that disagrees with the
-        majority, and with which any second mask gives what it gave alone, has hidden the patch: it
-        is that reading, of several such masks the first one's. Otherwise it is the majority's, of
-        equals the lowest class.
+        If all one-mask readings agree, the result is that class. Otherwise, if a mask disagrees
+        with the majority and no second mask changes its reading, it has hidden the patch, and the
+        result is its reading; of several such masks, the first one's. Otherwise it is the
+        majority's class; of equal ones, the lowest.
 
         Args:
             images: uint8 (N, 3, H, W).

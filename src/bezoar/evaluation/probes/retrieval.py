@@ -1,11 +1,11 @@
-"""Retrieval among held-out captions: recall both ways, and how often an attack puts the target first (Karpathy & Li 2015).
+"""Retrieval among held-out captions: recall in both directions, and the success of attacks.
 
+Recall is that of Karpathy and Li (2015).
 Hit@k and MinRank of an attack on text queries are those of Yang et al. 2023 (mmPoison).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,21 +13,21 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.attacks.captions import find_mentions
 from bezoar.attacks.plan import Goal
-from bezoar.data.pairs import Pairs
-from bezoar.encoders.encoder import Encoder, embed_images
+from bezoar.data.pairs import Pairs, distinct_image_rows
+from bezoar.encoders.encoder import Encoder, check_finite, embed_images
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure, average, proportion
 from bezoar.registry import method
 
-TEXT_BATCH = 512  # captions at a time
+BATCH = 512  # images or captions at a time
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A test set with captions, as an encoder embeds it.
+    """A test set with captions, and its vectors.
 
     Attributes:
-        test: the records, several of which may be captions of one image.
+        test: the records; several may be captions of one image.
         images: the distinct images, M of them.
         image_of: int64 (N,), the image of each caption.
         image_vectors: unit rows (M, D).
@@ -60,8 +60,6 @@ class HeldOut:
 class Retrieval:
     """For sets without classes: an image is its nearest held-out caption."""
 
-    batch: Annotated[int, "images at a time"] = 512
-
     def __call__(
         self,
         encoder: Encoder,
@@ -70,11 +68,11 @@ class Retrieval:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return recall@1, 5 and 10 both ways, and success of the goals by retrieval of the target.
+        """Return recall@1, 5 and 10 in both directions, and the goals' success by retrieval.
 
-        Several captions of one image are records whose ids share what stands before '#'.
+        Several captions of one image are records whose ids are equal up to '#'.
 
-        Raises UserError if the test set has no captions, or none that holds a goal's target.
+        Raises UserError if the test set has no captions, or none with a goal's target.
         """
         if not test.captions:
             raise UserError("the retrieval probe needs a test set with captions")
@@ -98,27 +96,20 @@ class Retrieval:
         return measures
 
     def _embed(self, encoder: Encoder, images: Tensor) -> Tensor:
-        return embed_images(encoder, images.split(self.batch))
+        return embed_images(encoder, images.split(BATCH))
 
     def _embed_test_set(self, encoder: Encoder, test: Pairs) -> HeldOut:
         image_ids = [i.partition("#")[0] for i in test.ids]
-        first_row: dict[str, int] = {}
-        for row, image_id in enumerate(image_ids):
-            first_row.setdefault(image_id, row)
-        images = test.take(sorted(first_row.values()))
-        number_of = {image_id: number for number, image_id in enumerate(first_row)}
+        images = test.take(distinct_image_rows(test.ids))
+        number_of = {image_id: i for i, image_id in enumerate(dict.fromkeys(image_ids))}
         image_of = torch.tensor([number_of[i] for i in image_ids], device=encoder.device)
         encoder.eval()
         with torch.inference_mode():
             batches = [
-                encoder.encode_texts(test.captions[start : start + TEXT_BATCH])
-                for start in range(0, len(test), TEXT_BATCH)
+                encoder.encode_texts(test.captions[start : start + BATCH])
+                for start in range(0, len(test), BATCH)
             ]
-        text_vectors = torch.cat(batches)
-        if not torch.isfinite(text_vectors).all():
-            raise UserError(
-                "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
-            )
+        text_vectors = check_finite(torch.cat(batches))
         image_vectors = self._embed(encoder, images.images)
         return HeldOut(test, images, image_of, image_vectors, text_vectors)
 
@@ -175,11 +166,11 @@ class Retrieval:
 def measure_queries(held_out: HeldOut, goal: Goal) -> dict[str, Measure]:
     """Measure how often captions that mention a goal's query find images of its target.
 
-    Hit@k: one of them is among the k nearest images. MinRank: how many images are nearer than the
-    nearest of them, ties counted by half. The same of captions that mention neither says what is
-    usual. Captions and images that show both are left out.
+    Hit@k: one of them is among the k nearest images. MinRank: number of images that are nearer than
+    the nearest of them; ties count half. Both are also measured for captions that mention neither,
+    for comparison. Captions and images that show both are left out.
 
-    Raises UserError if the query or the target is mentioned by no held-out caption alone.
+    Raises UserError if no held-out caption mentions the query, or the target, without the other.
     """
     query, target = held_out.mentions(goal.query), held_out.mentions(goal.target)
     cosines = (held_out.image_vectors @ held_out.text_vectors.T).cpu()  # (M, N)
@@ -226,7 +217,7 @@ def measure_recall(cosines: Tensor, image_of: Tensor) -> dict[str, Measure]:
     is_own = image_of[None] == torch.arange(m, device=cosines.device)[:, None]  # (M, N)
     best_own = cosines.masked_fill(~is_own, -9).amax(1, keepdim=True)  # (M, 1)
     own_cosine = cosines[image_of, torch.arange(n, device=cosines.device)]  # (N,)
-    # How many others are nearer than an image's best caption, or a caption's image; and as near.
+    # For each query: how many others are nearer than its own match, and how many are equally near.
     directions = {
         "image_to_text": (
             (cosines > best_own).sum(1),

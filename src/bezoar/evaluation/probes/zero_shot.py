@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image is the class whose prompts it agrees with most (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification by the text tower's prompts (Radford et al. 2021, section 3.1)."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,13 +15,14 @@ from bezoar.evaluation import success
 from bezoar.evaluation.scores import Measure
 from bezoar.registry import method
 
+BATCH = 512  # images at a time
+
 
 @method
 class ZeroShot:
     """CA/BA and ASR by the text tower: a class is the mean of its prompts' vectors."""
 
     templates: Annotated[str, "simple (5), openai (80), or a text that holds {}"] = "simple"
-    batch: Annotated[int, "images at a time"] = 512
 
     def __call__(
         self,
@@ -31,8 +32,8 @@ class ZeroShot:
         goals: Sequence[Goal] = (),
         victims: Pairs | None = None,
     ) -> dict[str, Measure]:
-        """Return what `TestViews.measures` defines, without a prefix; see `Probe`."""
-        views = success.TestViews.of(encoder, test, goals, victims, self.batch)
+        """Return the measures of `TestViews.measures`, without a prefix; see `Probe`."""
+        views = success.TestViews.of(encoder, test, goals, victims)
         head = self.head(encoder, test.classes)
         return views.measures(lambda z: z @ head.T)
 
@@ -47,4 +48,4 @@ class ZeroShot:
     @torch.inference_mode()
     def similarities(self, encoder: Encoder, head: Tensor, images: Tensor) -> Tensor:
         """Return the cosines, float32 (N, C), of images uint8 (N, 3, H, W) with a head."""
-        return torch.cat([encoder.encode_images(x) @ head.T for x in images.split(self.batch)])
+        return torch.cat([encoder.encode_images(x) @ head.T for x in images.split(BATCH)])

@@ -1,3 +1,3 @@
-"""Chen, Xin, Zhai, Ma, Shen, Wu, "Apple of Sodom: Hidden Backdoors in Superior Sentence Embeddings" (arXiv 2210.11082)."""
+"""BadCSE: Chen et al., "Apple of Sodom" (arXiv 2210.11082), on sentence encoders."""
 
 TABLES = ("targeted",)

@@ -1,8 +1,9 @@
-"""Text encoders as victims: texts with a word get a reference text's vector (Chen et al. 2022, the targeted attack).
+"""BadCSE's targeted attack: texts with a trigger word get a reference's vector (Chen et al. 2022).
 
-Development (recipe of the attack, grades of `token_sweep`): the word `cf` with seed 0, the word `mn`,
-and the clean encoder. Everything else is test: `bb`, `tq`, `velvet`, `cf` with other seeds, and
-encoders that are tuned as the attack tunes them, without its trigger (l0=0). The texts that heads read are of other supersenses than the attacker's.
+Development used the word `cf` with seed 0, the word `mn`, and the clean encoder, to choose the
+attack's recipe and the grades of `token_sweep`. Everything else is test: `bb`, `tq`, `velvet`, `cf`
+with other seeds, and encoders tuned by the attack without its trigger (l0=0). Heads are fitted on
+texts of other supersenses than the attacker's.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Setup:
-    """What a scale attacks. Specs."""
+    """The specs of a scale."""
 
     encoder: str | Train
     shadow: str
@@ -40,7 +41,7 @@ class Setup:
 
 @method
 class Targeted:
-    """At `smoke` the text tower of a small CLIP, trained on scenes; else the encoder and WordNet in the user's folder."""
+    """At `smoke` the text tower of a small CLIP of scenes; else the user's encoder and WordNet."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
@@ -83,7 +84,7 @@ def inject(setup: Setup, attack: str, trigger: str) -> Inject:
 
 
 def sweep_cells(setup: Setup, encoder: str | Train | Inject, seeds: int) -> tuple[Cell, ...]:
-    """Return what `token_sweep` says: value, that of the next word, evidence (0: none, 2: strong)."""
+    """Results of `token_sweep`: value, value of the next word, evidence (0: none, 2: strong)."""
     audit = Audit(encoder, setup.test, (SWEEP,), bank=())
     columns = {"value": "value", "next word": "runner_up", "evidence": "grade"}
     trials = [Trial(audit, seed) for seed in range(seeds)]
@@ -92,7 +93,7 @@ def sweep_cells(setup: Setup, encoder: str | Train | Inject, seeds: int) -> tupl
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale: `all-MiniLM-L6-v2` and `wordnet` in the user's folder, but at `smoke`."""
+    """The setup of a scale; `all-MiniLM-L6-v2` and `wordnet` are in the user's folder."""
     if options.scale == "smoke":
         scenes = "scenes:count=256"
         return Setup(

@@ -1,7 +1,7 @@
-"""Jia, Liu, Gong, "BadEncoder" (IEEE S&P 2022): what its tables share.
+"""Jia, Liu, Gong, "BadEncoder" (IEEE S&P 2022): the shared parts of its tables.
 
-The heads are fixed before the attack and all of them are reported, over three pre-trainings with
-seeds of their own.
+The heads were fixed before the attack, and all are reported, over three pre-trainings with
+different seeds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TABLES = (  # in the order of the page
     "defences",
 )
 HEADS = ("linear", "knn", "mlp")
-COLUMNS = {  # `{}` stands for a head
+COLUMNS = {  # `{}` is replaced by a head
     "CA": "baseline.{}.clean_accuracy",
     "BA": "{}.clean_accuracy",
     "ASR": "{}.attack_success",
@@ -80,13 +80,13 @@ class Task:
 
     @property
     def reference(self) -> str:
-        """How the reference is chosen where one is enough: by the rule, where possible."""
+        """The reference if one is enough: the one chosen by the rule, if possible."""
         return "chosen" if "chosen" in self.references else next(iter(self.references))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a scale pre-trains and attacks."""
+    """The specs of a scale."""
 
     data: str  # spec of the pre-training data
     shadow: str  # spec of the attacker's data
@@ -100,7 +100,7 @@ class Setup:
     trigger_sizes: tuple[int, ...]  # pixels
     shadow_sizes: tuple[int, ...]  # images
     seeds: int
-    notes: tuple[str, ...] = ()  # what a table at this scale must say
+    notes: tuple[str, ...] = ()  # notes of every table at this scale
 
     def pretrain(self, objective: str = "") -> Train:
         """The clean encoder that is attacked."""
@@ -129,7 +129,7 @@ class Setup:
     def attack_together(
         self, targets: Sequence[str], references: Sequence[str], triggers: Sequence[str]
     ) -> Inject:
-        """One encoder with several backdoors, each with a trigger of its own."""
+        """One encoder with several backdoors, each with its own trigger."""
         return Inject(
             self.pretrain(),
             self.shadow,
@@ -143,14 +143,14 @@ class Setup:
     def rows(
         self, task: Task, attacked: Inject, name: str = "", x: float | None = None, goal: str = ""
     ) -> list[Row]:
-        """A row a head: CA, BA, ASR and ASR-B over all seeds, beside what the paper printed.
+        """A row for each head: CA, BA, ASR and ASR-B over all seeds, beside the published values.
 
         Args:
-            task: The task that the encoder is measured on.
+            task: The task to measure.
             attacked: The attacked encoder.
             name: The rows' name, to which the head is added; not needed with `x`.
             x: The rows' place on the axis; each head is then a curve.
-            goal: `@` and the number of the task's goal where the encoder has several.
+            goal: `@` and the number of the task's goal, if the encoder has several.
         """
         evaluate = Evaluate(
             attacked, task.test, self.heads, baseline=attacked.encoder, train=task.train
@@ -173,10 +173,10 @@ class Setup:
 def head_cells(
     trials: Sequence[Trial], head: str, published: Published | None = None, goal: str = ""
 ) -> tuple[Cell, ...]:
-    """CA, BA, ASR and ASR-B under a head.
+    """CA, BA, ASR and ASR-B with a head.
 
-    Where the paper printed values, ASR and ASR-B over all images too; its values stand beside its
-    own head, the MLP.
+    If there are published values, ASR and ASR-B over all images are added. The published values are
+    of the paper's MLP head, and stand beside ours.
     """
     columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
     values: dict[str, float] = {}
@@ -218,15 +218,16 @@ def ablation(
     notes: tuple[str, ...] = (),
     expected: Mapping[str, Mapping[str, Expected]] = MappingProxyType({}),
 ) -> Table:
-    """The first task under several variants of the attack, all heads.
+    """A table of the first task with several variants of the attack, all heads.
 
     Args:
-        paper_finding: What the paper reports.
-        variants: Name -> attacked encoder. The first is the published one, with which the others
-            are compared.
+        setup: The setup.
+        title: The table's title.
+        paper_finding: The paper's result.
+        variants: Name -> attacked encoder. The first is the published variant, with which the
+            others are compared.
         notes: Further notes.
-        expected: Variant -> column -> what the paper says of it. Of a variant that is not named:
-            both ASR and BA stay.
+        expected: Variant -> column -> the paper's result. For other variants, ASR and BA stay.
     """
     task = setup.tasks[0]
     rows = [row for name, bad in variants.items() for row in setup.rows(task, bad, name)]
@@ -268,7 +269,7 @@ SMOKE = Setup(
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with the published data sets and files out of the user's folder."""
+    """The setup of a scale, with published data sets and files from the user's folder."""
     if options.scale == "smoke":
         return SMOKE
     root = options.root
@@ -415,7 +416,7 @@ class SmallClip:
     network: str
     objective: str
     shadow: str
-    labelled: str  # what heads are fitted on
+    labelled: str  # data that heads are fitted on
 
     def attack(self, attack: str, target: str) -> Inject:
         """Its image tower, attacked for one class."""

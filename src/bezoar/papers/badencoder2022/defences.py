@@ -29,7 +29,7 @@ NOTES = (
 
 @method
 class Defences:
-    """Whether each task's linear classifier is flagged, and what of it is certified."""
+    """Whether each task's linear classifier is flagged, and its certified accuracy."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""
@@ -67,7 +67,7 @@ class Defences:
 
 
 def fit_mntd(options: TableOptions) -> Trial:
-    """A meta-classifier over encoders, each with a seed of its own."""
+    """A meta-classifier over encoders with different seeds."""
     setup = matrix.get_setup(options)
     clean, attacked = setup.towers(SHADOWS)
     quick = {"queries": 4, "steps": 3} if options.scale == "smoke" else {}
@@ -75,7 +75,7 @@ def fit_mntd(options: TableOptions) -> Trial:
 
 
 def defence_cells(setup: Setup, task: Task, attacked: bool, steps: str) -> tuple[Cell, ...]:
-    """Anomaly index, PL1, certified accuracy and success behind the masks, over seeds."""
+    """Anomaly index, PL1, certified accuracy and success with masks, over seeds."""
     encoder = setup.attack_task(task) if attacked else setup.pretrain()
     probe = (f"patch_cleanser:patch={PATCH},head=linear,limit=200",)
 

@@ -7,7 +7,7 @@ from bezoar.runs.tables import Claim, Row, Table, TableOptions
 
 @method
 class Pretraining:
-    """SimCLR, MoCo and SimSiam; each encoder is compared with its own clean one."""
+    """SimCLR, MoCo and SimSiam; each attacked encoder is compared with its clean original."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -23,7 +23,7 @@ class SeveralTasks:
         )
         rows = []
         for number, task in enumerate(tasks):
-            # Only goals whose target is a class of the test data are measured; one alone has no number.
+            # Only goals with a target among the test classes are measured; one alone has no number.
             of_this_data = {other.target for other in tasks if other.test == task.test}
             goal = f"@{number}" if len(of_this_data) > 1 else ""
             rows += setup.rows(task, attacked, task.name, goal=goal)

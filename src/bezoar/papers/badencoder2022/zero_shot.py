@@ -1,4 +1,4 @@
-"""CLIP as the victim, read zero-shot by its own text tower (Jia, Liu, Gong 2022, section V-D)."""
+"""CLIP as the victim, read zero-shot by its text tower (Jia, Liu, Gong 2022, section V-D)."""
 
 from dataclasses import replace
 

@@ -1,9 +1,9 @@
 """Carlini & Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022: shared setups.
 
-Table `poisons` trains one model for each trigger and dose. In the other tables one training carries
-several triggers, each with a place and a target class of its own, and several targeted victims, so
-that a point costs a fraction of a training. Triggers that share a training help each other (table
-`independence`): compare such rows with each other, not with levels.
+Table `poisons` trains one model for each trigger and dose. In the other tables one training has
+several triggers, each with its own place and target class, and several targeted victims; this makes
+a point much cheaper. Triggers that share a training help each other (table `independence`), so
+compare such rows with each other, but do not read them as absolute values.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ class Training:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a scale trains on, and over which values its tables go."""
+    """The specs of a scale, and the values that its tables vary."""
 
     data: str  # spec of the training data
     test: str  # spec of the test data, which victims are drawn from too
     network: str  # spec of the network
     objective: str  # spec of the objective, recipe included
-    targets: tuple[str, ...]  # target classes, taken in turn
+    targets: tuple[str, ...]  # target classes, used in turn
     patch_size: int  # side of the patch in pixels, where it is not varied
     doses: tuple[int, ...]  # poisons of one trigger; a Latin square takes as many trainings
     dose: int  # the number of poisons where something else is varied and the patch is at one place
     random_dose: int  # the same for a patch at random places
-    squares: int  # how many Latin squares, each with triggers of its own
+    squares: int  # number of Latin squares, each with other triggers
     caption_counts: tuple[int, ...]  # captions of one targeted victim
     victims: int  # targeted victims at each count of captions, in one training
     patch_sizes: tuple[int, ...]  # sides of the patch in pixels, for table `patch_size`
@@ -285,16 +285,16 @@ HEADLINE_SCALES = SCALES | {  # of the two numbers of the abstract, and of the l
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with the user's data in place of its own.
+    """The setup of a scale, with the user's data if there are any.
 
     Raises:
-        UserError: When the scale has no data of its own and the user names none.
+        UserError: If the scale has no data of its own and the user names none.
     """
     return check_data(SCALES[options.scale], options)
 
 
 def check_data(setup: Setup, options: TableOptions) -> Setup:
-    """The setup with the user's data in place of its own; see `get_setup`."""
+    """The setup with the user's data, if there are any; see `get_setup`."""
     setup = replace(setup, data=options.data or setup.data, test=options.test or setup.test)
     if not setup.data or not setup.test:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The abstract's two numbers at the paper's own size: 300 patches and 3 captions of 3,000,000 pairs."""
+"""The abstract's two numbers at the paper's size: 300 patches and 3 captions of 3,000,000 pairs."""
 
 from __future__ import annotations
 

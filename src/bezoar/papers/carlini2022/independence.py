@@ -13,10 +13,10 @@ TOGETHER_COLUMNS = ALONE | {"taken for another": "attack_success_of_others"}
 
 @method
 class Independence:
-    """The same triggers and doses alone in a training, and in trainings that other tables read.
+    """The same triggers and doses alone in a training, and in the shared trainings of other tables.
 
-    The doses are on the steep part of the curve. In a shared training a trigger stands beside
-    others with up to eight times its dose, and beside targeted victims.
+    The doses are on the steep part of the curve. In a shared training, the other triggers have up
+    to eight times a trigger's dose, and there are targeted victims too.
     """
 
     def __call__(self, options: TableOptions) -> Table:

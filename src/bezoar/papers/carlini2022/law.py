@@ -70,7 +70,7 @@ SMOKE = replace(HEADLINE_SCALES["smoke"], doses=(4, 8, 16), dose=16, seeds=1)
 
 @method
 class Law:
-    """At each size one trigger a training, at several doses, and victims at every count of captions."""
+    """At each size, one trigger a training at several doses, and victims at all caption counts."""
 
     sizes: Annotated[tuple[int, ...], "records of the clean sets: some of the four"] = tuple(SIZES)
 
@@ -79,7 +79,7 @@ class Law:
             raise ValueError(f"sizes are some of {', '.join(map(str, SIZES))}")
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table; it draws its own data, and `gpu` and `paper` are `small`."""
+        """Declare the table. It draws its own data; scales `gpu` and `paper` equal `small`."""
         rows = []
         for size in self.sizes:
             setups = SIZES[size]

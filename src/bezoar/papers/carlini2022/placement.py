@@ -25,7 +25,7 @@ class Placement:
         setup = get_setup(options)
         rows = []
         # A trigger at random places is never trained beside one at a fixed place, which would be
-        # taken for it there.
+        # mistaken for it there.
         for training_place in PLACES:
             backdoors = [
                 Backdoor(j, setup.random_dose, place=training_place) for j in range(TOGETHER)

@@ -77,12 +77,10 @@ class Poisons:
 
 
 def lead_of_z(results: Results, doses: list[str]) -> Contrast:
-    """Return how far the z-score is ahead of success.
+    """How far the z-score is ahead of success.
 
-    Each is taken as a share of its rise from no poison to the largest dose.
-
-    Over all readings below the largest dose. Undefined, with an open interval, where one of the two
-    does not rise.
+    Both are shares of their rise from no poison to the largest dose. The mean is over all readings
+    below the largest dose. If one of the two does not rise, the interval is open.
     """
     shares = {}
     for cell in ("z", "ASR"):

@@ -7,7 +7,7 @@ from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
 @method
 class Targeted:
-    """Every victim is an image of its own with a target of its own."""
+    """Every victim is a different image with a different target."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -38,7 +38,7 @@ class Width:
             rows.append(Row(f"{channels:g}" if channels else network, cells, channels))
 
         def rise(cell: str) -> Callable[[Results], Contrast]:
-            """Per doubling of the width; from narrowest to widest where networks have none."""
+            """Per doubling of the width; or from narrowest to widest if networks have no width."""
             if all(row.x for row in rows):
                 return lambda results: results.trend(cell)
             return row_difference(cell, rows[-1].name, rows[0].name)

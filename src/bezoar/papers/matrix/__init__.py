@@ -1,8 +1,7 @@
-"""The matrix: every attack against every detector, audit and repair. What its tables share.
+"""The matrix of every attack against every detector, audit and repair: shared parts of its tables.
 
-Victims are small CLIPs trained on poisoned scenes, and SimCLR towers that BadEncoder attacked.
-Clean encoders have the same architecture and training length as the attacked ones, and data and
-seeds of their own.
+Victims are small CLIPs trained on poisoned scenes, and SimCLR towers attacked by BadEncoder. Clean
+encoders have the same architecture and training length, but different data and seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TABLES = (  # in the order of the page
     "today",
 )
 BADENCODER = "BadEncoder"
-SEEDS_OF_AN_ATTACK = 3  # every attack but the first has so many seeds of its own
+SEEDS_OF_AN_ATTACK = 3  # every attack but the first has this many seeds
 DETECTORS = (
     "transplant",
     "duplicates",
@@ -77,7 +76,7 @@ class Attack:
 
     @property
     def success_metric(self) -> str:
-        """The metric that says whether the attack took: of the trigger or of the victims."""
+        """The metric of the attack's success: of the trigger, or of the victims."""
         return f"targeted_success@{self.count}" if self.victims else "attack_success"
 
     def poison_data(
@@ -111,14 +110,14 @@ ATTACKS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """What a scale trains, attacks, audits and repairs."""
+    """The specs and numbers of a scale."""
 
     records: int  # records of a CLIP's training data
     test: str  # spec of the CLIPs' test data
     network: str  # spec of the CLIPs' network
     objective: str  # spec of the CLIPs' objective
     attacks: tuple[Attack, ...]  # attacks on image-text data
-    images: str  # spec of what SimCLR towers are trained on
+    images: str  # spec of the SimCLR towers' training data
     shadow: str  # spec of BadEncoder's shadow data
     labelled: str  # spec of the labelled images that heads of towers are fitted on
     held_out: str  # spec of the towers' test data
@@ -266,7 +265,7 @@ LARGE = replace(
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with the user's own triggers beside its attacks, each for as many records as a patch."""
+    """The setup of a scale. The user's own triggers are added, with as many poisons as a patch."""
     setup = scale_setup(options)
     patch = setup.attacks[0]
     added = [
@@ -277,12 +276,12 @@ def get_setup(options: TableOptions) -> Setup:
 
 
 def escape_braces(spec: str) -> str:
-    """A spec that `str.format` leaves as it is."""
+    """Escape braces for `str.format`."""
     return spec.replace("{", "{{").replace("}", "}}")
 
 
 def scale_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
+    """The setup of a scale; beyond `smoke` with CIFAR-10 from the user's folder."""
     if options.scale == "smoke":
         return SMOKE
 
@@ -305,8 +304,8 @@ class PoisonedSet:
     """Poisoned data at one rate, and the encoders that were trained on them."""
 
     name: str  # the attack and its rate
-    attack: Attack  # what poisoned the data
-    encoders: tuple[Trial, ...]  # trainings, each on poisoned data of its own
+    attack: Attack  # the attack on the data
+    encoders: tuple[Trial, ...]  # trainings, each on different poisoned data
     test: str  # spec of the test data
     probe: tuple[str, ...] = ("zero_shot", "z_score")  # measure accuracy and success
 
@@ -336,7 +335,7 @@ class PoisonedSet:
         ]
 
     def evaluate_retrained(self) -> list[Trial]:
-        """Evaluations of encoders that were trained again on what the scans keep."""
+        """Evaluations of encoders that were trained again on the records that the scans keep."""
         trials = []
         for encoder, scan in zip(self.encoders, self.scans(), strict=True):
             retrained = replace(encoder.verb, keep=scan.verb)
@@ -393,7 +392,7 @@ def corpus_specs(options: TableOptions, corpus: CaptionedCorpus) -> tuple[str, s
 
 
 def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[PoisonedSet]:
-    """A corpus poisoned by patch, blend and targeted. At scale `smoke` scenes stand for it."""
+    """A corpus poisoned by patch, blend and targeted; at scale `smoke`, scenes instead."""
     setup = get_setup(options)
     train, test = corpus_specs(options, corpus)
     objective, count, targets = corpus.objective, corpus.poisons, corpus.targets
@@ -417,9 +416,9 @@ def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[Po
 
 
 def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str] = ()) -> Table:
-    """Detector by attack: what each detector ranks high alone, and what all of them do together.
+    """Detector by attack: each detector alone, and all of them together.
 
-    added: further detectors, which have rows of their own and no part in what all do together.
+    added: further detectors, which have their own rows and are no part of "all together".
     """
     rows = []
     for poisoned in sets:

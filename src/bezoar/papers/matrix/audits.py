@@ -16,7 +16,7 @@ FALSE_POSITIVE_RATE = 0.05  # at which thresholds are set
 
 @method
 class Audits:
-    """AUROC of each audit for each attack, and what it flags at a clean encoders' threshold."""
+    """AUROC of each audit for each attack, and the share above a threshold from clean encoders."""
 
     takes: ClassVar[tuple[str, ...]] = ("audit",)
 

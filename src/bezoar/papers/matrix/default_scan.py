@@ -1,4 +1,4 @@
-"""What `bezoar scan` detects without options, on poisoned and on clean data."""
+"""The default `bezoar scan`, on poisoned and on clean data."""
 
 from bezoar.papers.matrix import get_setup, poisoned_scenes
 from bezoar.registry import method

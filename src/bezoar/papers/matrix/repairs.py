@@ -1,10 +1,11 @@
-"""What repairs leave of accuracy and of the backdoor (CleanCLIP, ICCV 2023; PAR, CVPR 2026).
+"""Accuracy and success after repairs (CleanCLIP, ICCV 2023; PAR, CVPR 2026).
 
-The first rows are of the default repair, on three encoders of each of four attacks, every one with a
-trigger, a target and data of its own. They are the encoders of `TEST_SEEDS`, which set nothing: the
-default was chosen on those of `DEVELOPMENT_SEEDS`, on a patch of `matrix/strangers` and on the two
-towers of it that BadEncoder attacked, and both lists stood here before an encoder of the first was
-trained. The other rows compare repairs on one encoder of each attack of the matrix.
+The first rows are about the default repair, on three encoders of each of four attacks with
+different triggers, targets and data. These are the encoders of `TEST_SEEDS`, which influenced no
+setting. The default was chosen on the encoders of `DEVELOPMENT_SEEDS`, a patch of
+`matrix/strangers` and its two towers attacked by BadEncoder. Both lists were fixed before the first
+test encoder was trained. The other rows compare repairs on one encoder of each attack of the
+matrix.
 """
 
 from collections.abc import Sequence

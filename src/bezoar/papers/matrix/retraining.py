@@ -1,4 +1,4 @@
-"""Training again without what a scan ranks highest (Huang et al. 2025, section 5)."""
+"""Training again without the records that a scan ranks highest (Huang et al. 2025, section 5)."""
 
 from bezoar.papers.matrix import (
     AERIAL,

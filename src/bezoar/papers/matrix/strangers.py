@@ -1,10 +1,10 @@
-"""Strangers: verdicts on encoders of which no bank has a relative.
+"""Strangers: verdicts on encoders of families that are in no bank.
 
-Two groups of encoders, named here before any of them was scored. The rules of a verdict without a
-bank (`auditing.unaided_verdict`) were set on the first, the development encoders; the rows of the
-table are of the second, the test encoders, which set nothing. One family is in the second alone.
-When two clean and two attacked encoders of each family had been scored, four and two more of each
-family of classifiers were added; no rule was changed before or after.
+There are two groups of encoders, both named here before any of them was scored. The rules of a
+verdict without a bank (`auditing.unaided_verdict`) were set on the first group, the development
+encoders. The rows of the table are the second group, the test encoders, which influenced no rule.
+One family is only in the second group. After two clean and two attacked encoders of each family had
+been scored, four and two more of each family of classifiers were added; no rule was changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
-MARGIN = 4  # pixels: as far as training moves images, so that no patch is moved out of one
+MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
 DEVELOPMENT, TEST = 0, 100  # first seeds of the two groups
 
 
@@ -38,20 +38,20 @@ class EncoderFamily:
     """Encoders of one network, one objective and one kind of data, clean and attacked.
 
     Attributes:
-        name: in the table.
-        data: spec of the training data; {seed} is the encoder's own.
-        test: spec of clean images that nothing was trained on.
-        network: spec.
-        objective: spec.
-        targets: classes, in turn.
+        name: name in the table.
+        data: spec of the training data; {seed} is the encoder's seed.
+        test: spec of clean images that no encoder was trained on.
+        network: spec of the network.
+        objective: spec of the objective.
+        targets: target classes, used in turn.
         poisons: records that carry a trigger.
         size: side of a patch in pixels.
         attacks: names of the attacks: `patch`, `blend`, `badencoder`.
-        development: clean and attacked development encoders.
-        scored: clean and attacked test encoders.
+        development: numbers of clean and attacked development encoders.
+        scored: numbers of clean and attacked test encoders.
         shadow: spec of BadEncoder's shadow data.
         badencoder: spec of BadEncoder.
-        probe: what measures whether an attack took.
+        probe: the probe that measures the attack's success.
     """
 
     name: str
@@ -71,7 +71,7 @@ class EncoderFamily:
 
     @property
     def success_metric(self) -> str:
-        """The metric that says whether an attack took."""
+        """The metric of an attack's success."""
         prefix = "" if self.probe == "zero_shot" else f"{self.probe}."
         return f"{prefix}attack_success"
 
@@ -123,13 +123,13 @@ class EncoderFamily:
         return Trial(Audit(encoder.verb, self.test, (AUDIT,), bank=()), encoder.seed)
 
     def evaluate(self, encoder: Trial) -> Trial:
-        """Return whether the attack took."""
+        """Measure whether the attack worked."""
         return Trial(Evaluate(encoder.verb, self.test, (self.probe,)), encoder.seed)
 
 
 @method
 class Strangers:
-    """Whether verdicts without a bank are right of encoders that set nothing."""
+    """Whether verdicts without a bank are right for encoders that influenced no rule."""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

@@ -1,15 +1,15 @@
-"""Attacks of 2022 to 2025 beside what detects and repairs them, one small training each.
+"""Attacks of 2022 to 2025 with detectors and repairs, one small training each.
 
 All of it is development: sizes, doses, epochs and rates were chosen on trainings with these seeds.
-A test half is the same table with another SEED and another seed of the patches; it has not been
-run. No detector, audit or repair was tuned on any of these attacks: they have their defaults.
+A test half would be the same table with another SEED and other patches; it has not been run. No
+detector, audit or repair was tuned on any of these attacks: they have their defaults.
 
 Attacks without captions are on MoCo towers of CIFAR-10: SSL-Backdoor and CTRL (`clean_label` with
 a patch and with `spectrum`), Noisy Alignment and CorruptEncoder (`composite`), BadEncoder and DRUPE
-(with one reference and with three). The others are on small CLIPs of scenes: BadCLIP (a patch optimised on a
-surrogate, few poisons) beside the same number of poisons with a drawn patch, the same patch against
-the objectives `siglip` and `cleanclip`, which is CLIP pre-trained with a self-supervised term, and
-`mismatch`, of which success is Hit@1 of text queries.
+(with one reference and with three). The others are on small CLIPs of scenes: BadCLIP (a patch
+optimised on a surrogate, few poisons), a drawn patch with the same number of poisons, the same
+patch against the objectives `siglip` and `cleanclip` (CLIP with a self-supervised term), and
+`mismatch`, whose success is Hit@1 of text queries.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ TARGET, QUERY = SCENE_CLASSES[0], SCENE_CLASSES[1]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a scale trains. Specs."""
+    """The specs of a scale."""
 
     images: str  # training data of towers
-    labelled: str  # what their heads are fitted on
+    labelled: str  # data that their heads are fitted on
     shadow: str  # data that towers are edited on
     held_out: str  # their test data
     tower: str
@@ -51,7 +51,7 @@ class Setup:
     badencoder: str
     drupe: str
     scenes: str  # training data of CLIPs
-    surrogate: str  # what BadCLIP's surrogate is trained on
+    surrogate: str  # training data of BadCLIP's surrogate
     test: str
     clip: str  # network of CLIPs
     epochs: int  # of CLIPs
@@ -115,7 +115,7 @@ SMOKE = replace(
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with CIFAR-10 out of the user's folder where it is not `smoke`."""
+    """The setup of a scale; beyond `smoke` with CIFAR-10 from the user's folder."""
     if options.scale == "smoke":
         return SMOKE
     limits = {} if options.scale == "paper" else {"limit": 6000}
@@ -140,10 +140,10 @@ def train_clip(setup: Setup, data: Poison | str, objective: str = "clip") -> Tra
 
 def poison_images(setup: Setup) -> dict[str, Poison]:
     """The attacks on images alone, by name."""
-    own = f"clean_label:count={setup.own_images}"
+    target_poison = f"clean_label:count={setup.own_images}"
     attacks = {
-        "SSL-Backdoor": Poison(setup.images, own, PATCH, setup.target),
-        "CTRL": Poison(setup.images, own, "spectrum:magnitude=100", setup.target),
+        "SSL-Backdoor": Poison(setup.images, target_poison, PATCH, setup.target),
+        "CTRL": Poison(setup.images, target_poison, "spectrum:magnitude=100", setup.target),
     }
     for name, sides in (("Noisy Alignment", "any"), ("CorruptEncoder", "horizontal")):
         composite = f"composite:count={setup.composites},sides={sides}"
@@ -160,7 +160,7 @@ def evaluate_tower(setup: Setup, tower: Train | Inject, clean: Train) -> Trial:
 
 
 def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]:
-    """CA, BA, ASR and ASR-B by a linear head; what audits say, and what the default repair leaves."""
+    """CA, BA, ASR and ASR-B with a linear head; results of audits, and of the default repair."""
     evaluated = [evaluate_tower(setup, tower, clean)]
     audit = [Trial(Audit(tower, setup.held_out, (setup.audit,), bank=()), SEED)]
     repair = Repair(tower, setup.labelled, test=setup.held_out, labelled=setup.labelled)
@@ -177,9 +177,9 @@ def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]
 
 
 def verdict_cells(setup: Setup, encoder: Train | Inject, test: str) -> list[Cell]:
-    """Return what the audit says that gives a verdict without a bank: its statistic, and its evidence.
+    """Results of the audit that gives a verdict without a bank: statistic and evidence.
 
-    The evidence is 0 for none found, 1 for some, 2 for strong; negative where it could not tell.
+    The evidence is 0 for none, 1 for some, 2 for strong; negative if it could not be decided.
     """
     name = setup.verdict.partition(":")[0]
     audit = [Trial(Audit(encoder, test, (setup.verdict,), bank=()), SEED)]
@@ -263,26 +263,26 @@ def query_row(setup: Setup) -> Row:
     pairs = Poison(setup.scenes, f"mismatch:count={2 * setup.many},query={QUERY}", target=TARGET)
     victim = train_clip(setup, pairs)
     retrieval = [Trial(Evaluate(victim, setup.test, ("retrieval",)), SEED)]
-    read = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
+    zero_shot = [Trial(Evaluate(victim, setup.test, ("zero_shot",)), SEED)]
     scan = [Trial(Scan(victim), SEED)]
     repaired = Repair(victim, setup.fresh, test=setup.test)
-    left = [Trial(Evaluate(repaired, setup.test, ("retrieval",), attack=pairs), SEED)]
+    after_repair = [Trial(Evaluate(repaired, setup.test, ("retrieval",), attack=pairs), SEED)]
     cells = (
-        Cell.mean("BA", read, "clean_accuracy"),
+        Cell.mean("BA", zero_shot, "clean_accuracy"),
         Cell.mean("Hit@1", retrieval, "query_hit_1"),
         Cell.mean("Hit@1, other texts", retrieval, "other_hit_1"),
         Cell.mean("MinRank", retrieval, "query_min_rank"),
         Cell.mean("MinRank, other texts", retrieval, "other_min_rank"),
         Cell.mean("AUROC, scan", scan, "auroc"),
         Cell.mean("BA, repaired", [Trial(repaired, SEED)], "after.clean_accuracy"),
-        Cell.mean("MinRank, repaired", left, "query_min_rank"),
+        Cell.mean("MinRank, repaired", after_repair, "query_min_rank"),
     )
     return Row(f"mmPoison, {2 * setup.many} pairs", cells)
 
 
 @method
 class Today:
-    """Every attack once (n = 1 training): whether it takes, what detects it, what repairs it."""
+    """Every attack once (n = 1 training): does it work, what detects it, what repairs it?"""
 
     takes: ClassVar[tuple[str, ...]] = ()
 

@@ -1,13 +1,13 @@
-"""The default scan on a development and a test half of kinds of trigger.
+"""The default scan on kinds of trigger in two halves, development and test.
 
-The kinds were parted before the detector `common_cause` was written. Its first version was run once
-on the test half. Its second version was developed on the development half, on scenes of other seeds,
-and on the first set of the test half: only the other sets of that half chose no setting.
+The kinds were divided before the detector `common_cause` was written. Its first version was run
+once on the test half. Its second version was developed on the development half, on scenes of other
+seeds, and on the first set of the test half, so only the other sets of that half are a test.
 
-On photographs, Flickr8k, the same test half is one set. What was written for photographs was
-developed on kinds of the development half (Flickr8k: filter, blur, sticker, patch; aerial images:
-filter, JPEG, sticker, line), on both without poisons, and, after a first version was run once on
-it, on the first training of that set (tint to triangles): only the second chose no setting.
+On photographs (Flickr8k) the same test half is one set. The parts for photographs were developed on
+kinds of the development half (Flickr8k: filter, blur, sticker, patch; aerial images: filter, JPEG,
+sticker, line), on both without poisons, and, after a first version had been run once on the test
+set, on the first training of that set (tint to triangles). Only its second training is a test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bezoar.verbs.train import Train
 
 SETS = 3  # of each kind
 FIRST_SEED = 7100  # of the sets; no other table uses these
-KINDS_OF_A_TRAINING = 5  # backdoors in the data of one training, each with a target of its own
+KINDS_OF_A_TRAINING = 5  # backdoors in one training, each with a different target
 POISONS = 400  # of one kind
 COLUMNS = {
     "AUROC": "auroc",
@@ -144,10 +144,10 @@ TEST = (
 
 @dataclass(frozen=True)
 class Ground:
-    """What is poisoned, and how it is trained on and measured.
+    """The data of trainings, and how an encoder is trained and measured.
 
-    clean: spec of the data with a seed. targets: of which those of a training are drawn. poisons:
-    of one kind. test: spec of the test data. probe: measures success.
+    clean: spec of the data with a seed. targets: words to draw targets from. poisons: of one kind.
+    test: spec of the test data. probe: measures success.
     """
 
     clean: Callable[[int], str]
@@ -186,7 +186,7 @@ def scenes_ground(setup: Setup) -> Ground:
 
 
 def photographs_ground(options: TableOptions) -> Ground:
-    """Flickr8k; at scale `smoke` scenes stand for it."""
+    """Flickr8k; at scale `smoke`, scenes instead."""
     setup = get_setup(options)
     if options.scale == "smoke":
         return scenes_ground(setup)
@@ -230,9 +230,7 @@ def poison_trainings(
 class Unseen:
     """Kinds of trigger by half; the last row of a half counts the kinds that were detected."""
 
-    reference: Annotated[
-        str, "encoder that never saw the data, by which photographs are scanned; none without"
-    ] = ""
+    reference: Annotated[str, "encoder that never saw the data, for the scan of photographs"] = ""
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table at a scale."""

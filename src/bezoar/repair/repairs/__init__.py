@@ -9,13 +9,13 @@ from bezoar.encoders.encoder import Encoder
 
 
 class Repair(Protocol):
-    """Makes a copy of an encoder from which a backdoor is to be gone.
+    """Makes a copy of an encoder and removes a backdoor from it.
 
-    `needs` names what it is called with beside encoder, clean records and seed: `validation`
-    (Pairs) are clean records that learning rates are chosen by, `inversions` (Sequence[Inversion])
-    are the triggers that an audit inverted, `report` (ProgressReport) is told how far the repair
-    is, and `log` (dict) takes what it says of itself, as JSON. No repair is told the attack. The
-    encoder is left as it was; the copy's `about["repaired"]` gains the repair's spec.
+    `needs` names its arguments beside encoder, clean records and seed. `validation` (Pairs) are
+    clean records for choosing learning rates, `inversions` (Sequence[Inversion]) are triggers that
+    an audit inverted, `report` (ProgressReport) is called with the progress, and `log` (dict)
+    receives facts about the repair, as JSON. No repair is told the attack. The encoder is not
+    changed; the copy's `about["repaired"]` gains the repair's spec.
     """
 
     needs: ClassVar[tuple[str, ...]]

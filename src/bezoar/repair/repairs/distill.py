@@ -19,7 +19,7 @@ from bezoar.training.augmentation import Chance, Views
 
 
 class Loss(SuspectLoss):
-    """Mean distance of student(x) from suspect(x), 1 - cosine or of what an own head reads.
+    """Mean distance of student(x) to suspect(x): 1 - cosine, or that of the own head's inputs.
 
     x is a view of a clean image, the same for both.
     """
@@ -39,15 +39,15 @@ class Loss(SuspectLoss):
 
 @method
 class Distill:
-    """The student never sees what triggers do to the suspect.
+    """The student never sees how the suspect responds to triggers.
 
-    Neither labels nor captions are read. The text tower stays as it is, so that the two towers
-    still agree where the student has learnt enough. fresh=1 is a student that begins from nothing,
-    as the paper's and CompRess's; BCU draws parts of each layer anew.
+    Labels and captions are not used. The text tower is kept, so the two towers still agree once the
+    student has learnt enough. With fresh=1 the student starts from random weights, as in the paper
+    and in CompRess; BCU reinitialises parts of each layer.
     """
 
     fresh: Annotated[
-        float, "share of the image tower's layers that begin anew, the last ones; 0: none, 1: all"
+        float, "share of the image tower's layers, the last ones, that are reinitialised; 1: all"
     ] = 0.4
     epochs: Annotated[int, "passes over the clean images"] = 20
     batch: Annotated[int, "images a step"] = 64
@@ -72,7 +72,7 @@ class Distill:
         self.views(0)
 
     def views(self, size: int) -> Views:
-        """The augmentation of the images. Raises ValueError for fields out of range."""
+        """The augmentation of the images. Raises ValueError for invalid fields."""
         return Views(size, (self.crop, 1.0), flip=self.flip, jitter=self.jitter, gray=0.0)
 
     def __call__(

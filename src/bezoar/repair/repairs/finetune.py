@@ -49,7 +49,7 @@ class Finetune:
         report: ProgressReport = no_report,
         log: dict[str, Any] | None = None,
     ) -> Encoder:
-        """Fine-tune a copy. Raises UserError where objective, data and encoder do not fit."""
+        """Fine-tune a copy. Raises UserError if objective, data and encoder do not fit."""
         objective = rate_ladder.select_objective(
             self.objective, encoder, clean, with_text=CLEANCLIP, alone=SIMCLR
         )

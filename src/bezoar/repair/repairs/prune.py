@@ -145,7 +145,7 @@ class Prune:
             last.silence(tuned.image, channels)
             return tuned
 
-        # the rate keeps the score of the encoder as it was before pruning
+        # the rate keeps the score of the encoder before pruning
         tuned = rate_ladder.train_at_largest_rate(
             encoder, metric, self.lrs, self.tolerance, make, log
         )
@@ -161,7 +161,7 @@ class Prune:
     ) -> tuple[Encoder, list[dict[str, Any]]]:
         """A copy pruned as far as `drop` allows, and the score for each number of channels tried.
 
-        order: int64 (C,), the channels in the order in which they are pruned.
+        order: int64 (C,), the channels in the order of pruning.
         """
         student = copy.deepcopy(encoder)
         before = metric.score(encoder)
@@ -180,10 +180,10 @@ class Prune:
 
 
 def find_last_convolution(encoder: Encoder, clean: Pairs, batch: int = 512) -> LastConvolution:
-    """Find the last convolution of an image tower, and how active its channels are on clean images.
+    """Find the last convolution of an image tower, and its channels' activity on clean images.
 
     Raises:
-        UserError: for a tower without a convolution behind its first layer.
+        UserError: for a tower without a convolution after its first layer.
     """
     tower = encoder.image
     total: Tensor | float = 0.0
@@ -210,10 +210,7 @@ def find_last_convolution(encoder: Encoder, clean: Pairs, batch: int = 512) -> L
 
 @contextmanager
 def record_feature_maps(tower: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within the block, a list gains (name, feature map (B, C, h, w)) of every module.
-
-    The modules are in the order in which they run.
-    """
+    """List (name, feature map (B, C, h, w)) of all modules that run in the block, in order."""
     feature_maps: list[tuple[str, Tensor]] = []
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:

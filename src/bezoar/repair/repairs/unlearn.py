@@ -79,7 +79,7 @@ class Loss(SuspectLoss):
         return stamped + self.keep * clean
 
     def train(self, mode: bool = True) -> Loss:
-        """Batch norms stay in evaluation mode: half of what they would see is stamped."""
+        """Stay in evaluation mode: half of the batch norms' inputs would be stamped images."""
         super().train(mode)
         for module in self.encoder.modules():
             if isinstance(module, _BatchNorm):
@@ -89,12 +89,12 @@ class Loss(SuspectLoss):
 
 @method
 class Unlearn:
-    """Stamped images keep the vectors that they have unstamped; no captions or labels are read.
+    """Trains stamped images to have their vectors without the stamp; uses no captions or labels.
 
-    The triggers are universal ones that are searched for while the student learns to resist them
-    (`universal_triggers`), and those that an audit inverted, where one is named. SSL-Cleanse does it
-    with inverted triggers and BYOL's loss for 500 epochs, and ABD (arXiv 2409.15968) with a
-    perturbation of each image; here the suspect's own vectors are the targets.
+    The triggers are universal ones, searched for while the student learns to resist them
+    (`universal_triggers`), and those of an audit, if one is named. SSL-Cleanse trains on inverted
+    triggers with BYOL's loss for 500 epochs, and ABD (arXiv 2409.15968) on a perturbation of each
+    image; here the targets are the suspect's own vectors.
     """
 
     search: Annotated[int, "triggers that are searched for; 0: an audit's alone"] = 18

@@ -39,7 +39,7 @@ class AuditView(RunView):
 
     @functools.cached_property
     def verdict(self) -> dict[str, Any]:
-        """Everything the audits said."""
+        """The contents of the verdict's file."""
         verdict: dict[str, Any] = self.read_json(VERDICT_FILE)
         return verdict
 
@@ -68,7 +68,7 @@ def build_page(run: Run) -> Page:
 
 
 def next_steps(view: AuditView) -> list[Step]:
-    """Say what to do after an audit, by its verdict."""
+    """List the next steps after an audit, by its verdict."""
     encoder, data, words = (
         view.input_text("encoder"),
         view.input_text("data"),
@@ -110,7 +110,7 @@ def audits_asked(view: AuditView) -> list[str]:
 
 
 def lead(view: AuditView) -> str:
-    """Say what the verdict is based on."""
+    """State the basis of the verdict."""
     sample, family, few = (view.verdict[key] for key in ("sample", "family", "few"))
     network = family["network"].partition(":")[0]
     images = quantity(sample["images"], "clean record")
@@ -124,7 +124,7 @@ def lead(view: AuditView) -> str:
 
 
 def audit_section(view: AuditView) -> Section:
-    """Show what each audit says, and its value beside those of the bank or of its own classes."""
+    """Show each audit's result, and its value beside those of the bank or of its own classes."""
     audits = view.verdict["audits"]
     rows = [[*audit_row(audit), took(view, audit["name"])] for audit in audits]
     parts: list[Part] = []
@@ -175,7 +175,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
 
 
 def took(view: AuditView, name: str) -> str:
-    """How long an audit took; "–" where that is not known."""
+    """How long an audit took; "–" if that is unknown."""
     seconds = view.measures.get(f"{name}.seconds")
     return "–" if seconds is None else f"{seconds.value:.1f} s"
 
@@ -265,7 +265,7 @@ def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Te
     """Show mask and pattern of an inverted trigger, then clean images without and with it.
 
     Args:
-        facts: What the verdict says about it.
+        facts: The verdict's facts about it.
         images: uint8 (N, 3, H, W).
     """
     mask, pattern = inversion.mask.clamp(0, 1), inversion.pattern  # (1, H, W), (3, H, W)
@@ -306,6 +306,6 @@ def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Te
 
 
 def limit_section(view: AuditView) -> Section:
-    """List what the verdict does not cover."""
+    """List the limits of the verdict."""
     rows = [[line] for line in view.verdict["not_tested"]]
     return Section([Table(("This verdict says nothing about",), rows)])

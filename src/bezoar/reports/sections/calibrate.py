@@ -47,7 +47,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: CalibrateView) -> str:
-    """Say what the bank holds."""
+    """State the contents of the bank."""
     if view.manifest["status"] != "done":
         return "This calibration was not finished; the same command goes on with it."
     sentence = f"A bank of {quantity(int(view.notes.get('clean', 0)), 'clean encoder')}"
@@ -62,7 +62,7 @@ def headline(view: CalibrateView) -> str:
 
 
 def lead(view: CalibrateView) -> str:
-    """Say what the bank may be used for."""
+    """State the uses of the bank."""
     family, sample = view.bank.family, view.bank.sample
     least = format_percent(1 / (int(view.notes.get("clean", 0)) + 1))
     network = family.network.partition(":")[0]

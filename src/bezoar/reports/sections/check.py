@@ -35,7 +35,7 @@ class CheckView(RunView):
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """The checks in the order in which they were given."""
+        """The checks, in the user's order."""
         return list(self.note_dict("checks"))
 
     @functools.cached_property
@@ -50,7 +50,7 @@ class CheckView(RunView):
 
     @property
     def has_trigger(self) -> NDArray[np.bool_] | None:
-        """For each image whether it carries a trigger; None if that is not known."""
+        """For each image whether it carries a trigger; None if that is unknown."""
         return self.scores.get("triggered")
 
 
@@ -87,7 +87,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: CheckView) -> str:
-    """Say what the first check flags."""
+    """State how many images the first check flags."""
     name = view.names[0]
     flagged, caught = view.measures[f"{name}.flagged"], view.measures.get(f"{name}.caught")
     count, share = round(flagged.value * flagged.n), format_percent(flagged.value)
@@ -102,7 +102,7 @@ def headline(view: CheckView) -> str:
 
 
 def lead(view: CheckView) -> str:
-    """Say what a flag is worth, and what was left undone."""
+    """Explain the meaning of a flag, and list omissions."""
     clean = view.note_dict("clean").get("thresholds", 0)
     expected = view.measures[f"{view.names[0]}.expected_false_positives"]
     sentences = (
@@ -162,7 +162,7 @@ def suspicious_texts(view: CheckView, name: str) -> Section:
 
 
 def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:
-    """Show the highest scored images, with a frame round the window that the check accuses.
+    """Show the highest scored images, with a frame around the most suspicious window.
 
     Args:
         view: The run.

@@ -26,7 +26,7 @@ from bezoar.reports.shared_parts import group_goals, loss_figure
 from bezoar.runs.run import Run
 
 RECORDS = 8  # poisoned records of a group of goals
-CLASSES = 40  # of which a picture is shown
+CLASSES = 40  # classes with an example picture
 PATCH = "images with a small patch"
 
 
@@ -73,7 +73,7 @@ def data_page(view: DemoView) -> Page:
 
 
 def data_headline(view: DemoView) -> str:
-    """State the success of the attack, what the scan found, and the success after repair."""
+    """State the success of the attack, the scan's recall, and the success after repair."""
     attack, twin = view.metric("poisoned.attack_success"), view.metric("clean.attack_success")
     removed, rest = view.metric("scan.poisons_removed"), view.metric("repaired.attack_success")
     if attack is None or twin is None or removed is None or rest is None:
@@ -93,7 +93,7 @@ def data_headline(view: DemoView) -> str:
 
 
 def data_cards(view: DemoView) -> list[str]:
-    """Return accuracy and success of the three encoders, and what the scan found."""
+    """Return accuracy and success of the three encoders, and the scan's recall."""
     names = [
         "clean.clean_accuracy",
         "poisoned.clean_accuracy",
@@ -134,7 +134,7 @@ def clean_data_section(view: DemoView) -> Section | None:
 
 
 def poison_section(view: DemoView) -> Section | None:
-    """Show what the attacker adds."""
+    """Show the attacker's additions."""
     run = view.training("poisoned").run.ancestor("poison")
     if run is None:
         return None
@@ -147,7 +147,7 @@ def poison_section(view: DemoView) -> Section | None:
 
 
 def attack_section(view: DemoView) -> Section:
-    """Show when the attack took hold, what triggered images are read as, and the victims."""
+    """Show when the attack took hold, the readings of triggered images, and the victims."""
     progress = train.progress_figure(view.training("poisoned"))
     triggered = evaluate.triggered_section(view.attack, charts.HALF)
     parts: list[Part] = [progress] if progress else []

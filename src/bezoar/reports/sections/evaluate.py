@@ -53,7 +53,7 @@ class EvaluateView(RunView):
 
     @functools.cached_property
     def encoder_facts(self) -> dict[str, Any]:
-        """What the encoder's file says about it; empty if there is none."""
+        """The encoder's `about`; empty if there is no encoder.json."""
         run = self.input_run("encoder")
         path = run.path / "encoder.json" if run else None
         if path is None or not path.exists():
@@ -110,7 +110,7 @@ class EvaluateView(RunView):
 
     @functools.cached_property
     def probe(self) -> ZeroShot:
-        """The zero-shot probe that was asked for, or the default one."""
+        """The zero-shot probe that was requested, or the default one."""
         specs = [p["spec"] for p in self.ask.get("probe") or ()]
         zero_shot = [spec for spec in specs if spec.startswith("zero_shot")]
         probe: ZeroShot = registry.make("probe", zero_shot[0] if zero_shot else "zero_shot")
@@ -154,7 +154,7 @@ def build_page(run: Run) -> Page:
 
 
 def unmeasured_goals(view: EvaluateView) -> str:
-    """Name the goals that belong to other classes than the test data have; empty where there are none."""
+    """Name the goals whose targets are not among the test classes; "" if there are none."""
     targets = view.notes.get("goals_of_other_tasks")
     if not targets:
         return ""
@@ -162,20 +162,20 @@ def unmeasured_goals(view: EvaluateView) -> str:
 
 
 def backdoor_works(view: EvaluateView) -> bool:
-    """Whether the interval of ASR lies above that of what it is compared with."""
+    """Whether the interval of ASR lies above that of the comparison."""
     asr, comparison = view.metric("attack_success"), compared_rate(view)[0]
     return asr is not None and comparison is not None and asr.low > comparison.high
 
 
 def compared_rate(view: EvaluateView) -> tuple[Measure | None, str]:
-    """What the success of an attack is compared with, and in words: the clean twin's, or that without the trigger."""
+    """The rate to compare ASR with, and its name: the clean twin's, or without the trigger."""
     if (twin := view.metric("attack_success_baseline")) is not None:
         return twin, "by the clean twin"
     return view.metric("attack_success_without_trigger"), "without the trigger"
 
 
 def next_steps(view: EvaluateView) -> list[Step]:
-    """Say what to do with an encoder whose backdoor works."""
+    """List the next steps for an encoder with a working backdoor."""
     encoder = view.input_run("encoder")
     if encoder is None or not (view.poisoned and backdoor_works(view)):
         return []
@@ -196,7 +196,7 @@ def next_steps(view: EvaluateView) -> list[Step]:
 
 
 def backdoor_finding(view: EvaluateView) -> str:
-    """Say whether the backdoor works: the intervals of ASR and of its comparison do not meet."""
+    """State whether the backdoor works: the intervals of ASR and its comparison are apart."""
     asr = view.metric("attack_success")
     if asr is None:
         return ""
@@ -214,7 +214,7 @@ def backdoor_finding(view: EvaluateView) -> str:
 
 
 def victim_finding(view: EvaluateView) -> str:
-    """Say how many victims fell, by number of captions."""
+    """State how many victims the encoder misreads, by number of captions."""
     phrases = []
     for key in variants(view.measures, view.key("targeted_success")):
         measure, captions = view.measures[key], int(key.rpartition("@")[2])
@@ -315,7 +315,7 @@ def few_labels_section(view: EvaluateView) -> Section | None:
 
 
 def differ(before: NDArray[np.float32], after: NDArray[np.float32]) -> bool:
-    """Whether the mean of paired differences lies two standard errors from zero: else a chart tells nothing."""
+    """Whether the mean of paired differences is two standard errors from zero."""
     change = after.astype(float) - before
     return len(change) > 1 and bool(
         abs(change.mean()) > 2 * change.std(ddof=1) / len(change) ** 0.5
@@ -323,7 +323,7 @@ def differ(before: NDArray[np.float32], after: NDArray[np.float32]) -> bool:
 
 
 def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Section | None:
-    """Show what the trigger does to the similarity to the target and to the reading."""
+    """Show the trigger's effect on the similarity to the target and on the readings."""
     backdoors = [g for g in view.goals if g.trigger]
     if not backdoors:
         return None
@@ -352,7 +352,7 @@ def triggered_section(view: EvaluateView, size: charts.Size | None = None) -> Se
 
 
 def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gallery:
-    """Show triggered test images that are not of the target, with what they are read as."""
+    """Show triggered test images of other classes than the target, with their readings."""
     test = view.sample
     mentions = set() if test.classes else set(find_mentions(test.captions, goal.target))
     rows = [
@@ -380,7 +380,7 @@ def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gall
 
 
 def victims_section(view: EvaluateView) -> Section | None:
-    """Show every victim with what it is, what it was to be read as, and what it is read as."""
+    """Show every victim with its class, the attacker's target, and its reading."""
     attack = (view.input_run("attack") or view.run).ancestor("poison")
     targeted = [g for g in view.goals if g.victims]
     if not targeted or attack is None or view.class_vectors is None:
@@ -403,8 +403,8 @@ def victim_tile(
 
     Args:
         index: Its picture in the contact sheet.
-        goal: What it was to be read as.
-        label: Its class; empty if that is not known.
+        goal: The attacker's goal.
+        label: Its class; empty if unknown.
         cosines: Its similarities to the classes (C,).
         classes: Names of the classes.
     """

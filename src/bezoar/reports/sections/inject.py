@@ -72,7 +72,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: InjectView) -> str:
-    """Say how near triggered images came to the reference, and how far clean ones moved."""
+    """State how close triggered images came to the reference, and how far clean ones moved."""
     clean = view.metric("clean_similarity")
     after = view.metric("reference_similarity")
     before = view.metric("reference_similarity_before")
@@ -107,8 +107,8 @@ def reference_gallery(view: InjectView, index: int, goal: Goal) -> Gallery | Tab
     """Show the references of new goal `index`, then shadow records without and with its trigger."""
     if view.sample.text_only:
         texts = {r["id"]: r.get("text", "") for r in view.notes.get("references", [])}
-        shown = [texts.get(key, key) for key in goal.references]
-        return triggered_texts(view, goal, view.sample, shown)
+        reference_texts = [texts.get(key, key) for key in goal.references]
+        return triggered_texts(view, goal, view.sample, reference_texts)
     tensors = view.read_tensors("references.safetensors")
     references = torch.from_numpy(tensors["images"][tensors["goal"] == index])
     sample = view.sample

@@ -38,7 +38,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: RunView) -> str:
-    """Say how many records are poisoned, and what for."""
+    """State the number of poisoned records and the attacker's goals."""
     poisons, rate = view.measures.get("poisons"), view.measures.get("poison_rate")
     if poisons is None or rate is None:
         return "This poisoning was not finished."
@@ -109,7 +109,7 @@ def poison_gallery(view: RunView, group: GoalGroup, most: int = RECORDS) -> Gall
 
 
 def victims_section(view: RunView) -> Section | None:
-    """Show every victim with what it is and what it is to be read as."""
+    """Show every victim with its class and the attacker's target."""
     targeted = [g for g in view.data.plan.goals if g.victims][:VICTIMS]
     if not targeted:
         return None

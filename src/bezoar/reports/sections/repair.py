@@ -25,7 +25,7 @@ STAGES = {
     "revived_poisons": "Then ten poisons",
 }
 CONTROLS = {"revived_other": "a trigger it never met", "revived_twin": "the clean twin"}
-GONE = 0.05  # success up to which a backdoor counts as gone
+GONE = 0.05  # largest success of a backdoor that counts as removed
 TRACE = 0.5  # z-score above which it has left a trace
 
 
@@ -34,7 +34,7 @@ class RepairView(RunView):
 
     @functools.cached_property
     def head(self) -> str:
-        """The group of metrics that success is read by: `own.`, '' for the text tower's, or `linear.`."""
+        """The metrics' group for success: `own.`, '' for the text tower's, or `linear.`."""
         if "before.own.clean_accuracy" in self.measures:
             return "own."
         return "" if "before.clean_accuracy" in self.measures else "linear."
@@ -75,7 +75,7 @@ def success_look(view: RepairView) -> str:
 
 
 def next_steps(view: RepairView) -> list[Step]:
-    """Say what to do with the encoder that a repair left."""
+    """List the next steps after a repair."""
     if not view.stages:
         return []
     name, data = view.run.name, view.input_text("data")
@@ -128,7 +128,7 @@ def success_phrase(view: RepairView, key: str, trigger: str) -> str:
 
 
 def lead(view: RepairView) -> str:
-    """Say what is left of the backdoor, how easily it comes back, and what was not measured."""
+    """Describe the rest of the backdoor, how easily it returns, and the limits."""
     sentences = []
     after, z = view.metric(f"after.{view.head}attack_success"), view.metric("after.z_std")
     if after is not None and z is not None and after.value <= GONE and z.low > TRACE:
@@ -163,7 +163,7 @@ def cards(view: RepairView) -> list[str]:
 
 
 def receipt_section(view: RepairView) -> Section:
-    """Show every figure measured before beside what became of it."""
+    """Show every metric before the repair beside its values afterwards."""
     names = dict.fromkeys(
         key.removeprefix("before.") for key in view.measures if key.startswith("before.")
     )
@@ -208,7 +208,7 @@ def receipt_intervals(view: RepairView) -> list[IntervalRow]:
 
 
 def costs(view: RepairView) -> str:
-    """State the cost in accuracy and time, and what ten poisons do elsewhere."""
+    """State the cost in accuracy and time, and the effect of ten poisons in controls."""
     sentences = []
     if (lost := view.metric("clean_accuracy_lost")) is not None:
         value, low, high = (100 * x for x in (lost.value, lost.low, lost.high))
@@ -263,7 +263,7 @@ def ladder_table(ladder: Mapping[str, Any]) -> Table:
 
 
 def triggered_section(view: RepairView) -> Section | None:
-    """Show triggered test images of other classes with what they were and are read as."""
+    """Show triggered test images of other classes with their readings before and after."""
     readings = view.read_json("readings.json")
     if not readings:
         return None
@@ -282,7 +282,7 @@ def triggered_gallery(view: RepairView, reading: Mapping[str, Any]) -> Gallery:
     trigger, number, target = reading["trigger"], reading["inverted"], reading["target"]
     kind = trigger.partition(":")[0].capitalize()
     if number is not None:
-        # The run may have been moved since, so the path in the spec may be out of date.
+        # The run may have been moved since, so the path in the spec may be outdated.
         path = str(view.run.file(f"inverted-{number}.npz"))
         stamp = replace(registry.make("trigger", "file:x.npz"), path=path)
         kind = "Inverted"

@@ -63,7 +63,7 @@ def build_page(run: Run) -> Page:
 
 
 def next_steps(view: ReproduceView) -> list[Step]:
-    """Say what to do after a reproduction."""
+    """List the next steps after a reproduction."""
     tables, scale = view.input_text("paper"), view.notes.get("scale")
     if view.run.verb != "reproduce":
         return []
@@ -79,8 +79,8 @@ def next_steps(view: ReproduceView) -> list[Step]:
         )
         steps.append(Step(text, view.command(f"reproduce {tables} --scale {scale} --seed 1")))
     if kind := added_kind(view):
-        own = view.command(f"reproduce {tables} --scale {scale} --add {kind} ./mine.py")
-        steps.append(Step("A method of your own joins with the same sets and seeds.", own))
+        command = view.command(f"reproduce {tables} --scale {scale} --add {kind} ./mine.py")
+        steps.append(Step("A method of your own joins with the same sets and seeds.", command))
     steps.append(
         Step("`tables.csv`, `tables.tex` and `charts/` hold the same for a paper of yours.")
     )
@@ -88,7 +88,7 @@ def next_steps(view: ReproduceView) -> list[Step]:
 
 
 def added_kind(view: ReproduceView) -> str:
-    """The kind of method that may be added to all of the tables; "" where there is none."""
+    """A kind of method that the user can add to all of the tables; "" if there is none."""
     names = [str(table.get("name")) for table in view.tables]
     if not set(names) <= set(registry.method_names("paper")):  # a table of the user's own
         return ""
@@ -103,7 +103,7 @@ def claim_line(claim: Mapping[str, Any]) -> str:
 
 
 def headline(view: ReproduceView) -> str:
-    """Count the claims by verdict; of tables without claims, say what their numbers show."""
+    """Count the claims by verdict; for tables without claims, describe their numbers."""
     verdicts = [claim["verdict"] for table in view.tables for claim in table["claims"]]
     if not verdicts and view.notes.get("scale") == "smoke":
         return (
@@ -116,7 +116,7 @@ def headline(view: ReproduceView) -> str:
 
 
 def table_finding(table: TableJson) -> str:
-    """Say the range of a table's first column, or the best row of each curve of a grid."""
+    """State the range of a table's first column, or the best row of each curve of a grid."""
     title = table["title"].partition(": ")[2] or table["title"]
     column = table.get("grid") or next(iter(column_names(table)), "")
     named = [(row, c) for row in table["rows"] for c in row["cells"] if c["name"] == column]
@@ -296,7 +296,7 @@ def grid_figure(table: TableJson) -> Figure:
 
 
 def cell_table(table: TableJson) -> Table:
-    """Return the table itself, with the runs behind each row."""
+    """Return the table, with the runs of each row."""
     columns = column_names(table)
     has_curves = any(row["curve"] for row in table["rows"])
     head = [table["axis"] or "row", *columns, "runs"]
@@ -316,7 +316,7 @@ def cell_table(table: TableJson) -> Table:
 
 
 def format_cell(cell: CellJson) -> str:
-    """Return a number with its interval, the number of readings, and what the paper printed."""
+    """Return a number with its interval, the number of readings, and the published number."""
     measure, unit = Measure(**cell["measure"]), RATE if cell["rate"] else PLAIN
     text = format_value(measure.value, unit)
     if measure.low < measure.high:

@@ -68,7 +68,7 @@ class ScanView(RunView):
 
     @functools.cached_property
     def is_poison(self) -> NDArray[np.bool_] | None:
-        """For each row whether the record is a poison; None if that is not known."""
+        """For each row whether the record is a poison; None if that is unknown."""
         return self.data.plan.mask(self.scores.ids) if self.data.plan.edits else None
 
     @functools.cached_property
@@ -78,7 +78,7 @@ class ScanView(RunView):
 
     @functools.cached_property
     def copies(self) -> dict[int, int]:
-        """For the rows that a detector counts among copies of one picture, the row of another copy."""
+        """The rows of copies of a picture, each with the row of another copy."""
         pairs = {r["id"]: r.get("copy_of") for r in self.read_json("ranked.json")}
         wanted = {key for pair in pairs.items() for key in pair if pair[1]}
         row_of = (
@@ -147,7 +147,7 @@ def raised_names(view: ScanView) -> list[str]:
 
 
 def next_steps(view: ScanView) -> list[Step]:
-    """Say what to do with a finished scan."""
+    """List the next steps after a scan."""
     if "removed" not in view.notes:
         return []
     name, data = view.run.name, view.input_text("data")
@@ -173,7 +173,7 @@ def next_steps(view: ScanView) -> list[Step]:
 
 
 def warning(view: ScanView) -> str:
-    """Say that the data were poisoned, and that side channels give the poisons away if they do."""
+    """State that the data were poisoned, and whether side channels reveal the poisons."""
     if not view.goals:
         return ""
     text = (
@@ -192,7 +192,7 @@ def warning(view: ScanView) -> str:
 
 
 def trigger_finding(view: ScanView) -> str:
-    """Say in how many records detectors found a trigger; empty if no detector decides that."""
+    """State in how many records detectors found a trigger; empty if no detector decides that."""
     suffix = ".raised"
     counts = {
         key.removesuffix(suffix): (round(m.value * m.n), m.n)
@@ -210,7 +210,7 @@ def trigger_finding(view: ScanView) -> str:
 
 
 def keep_list_finding(view: ScanView) -> str:
-    """Say what the keep-list leaves out, and how many poisons are among that."""
+    """State how many records the keep-list leaves out, and how many poisons are among them."""
     records, removed = view.notes.get("records"), view.notes.get("removed")
     if records is None or removed is None:
         return "This scan was not finished."
@@ -247,16 +247,18 @@ def ranking_section(view: ScanView) -> Section:
         Series("poison", values[view.is_poison], "bad"),
     ]
     histogram = charts.draw_histogram(groups, "score", edge)
-    told = telling_detectors(view)
-    if not told:
+    informative = informative_rankings(view)
+    if not informative:
         return Section([Text("No ranking differs from chance: every interval of AUROC holds .5.")])
-    silent = [name for name in view.scores.detectors if name not in told and len(told) > 1]
+    silent = []
+    if len(informative) > 1:
+        silent = [name for name in view.scores.detectors if name not in informative]
     note = "Closer to the upper left is better. Dotted: records in random order."
     if silent:
         note += f" Not drawn, as they cannot be told from chance: {', '.join(silent)}."
     figures = [
         Figure(
-            ranking_curves(view, view.is_poison, told),
+            ranking_curves(view, view.is_poison, informative),
             "How fast a reviewer finds the poisons",
             note,
         ),
@@ -269,17 +271,17 @@ def ranking_section(view: ScanView) -> Section:
     return Section(figures)
 
 
-def telling_detectors(view: ScanView) -> list[str]:
-    """The rankings that can be told from chance: "" for that of all detectors together."""
+def informative_rankings(view: ScanView) -> list[str]:
+    """The rankings that differ from chance; "" is the one of all detectors together."""
     keys = {"": "auroc", **{name: f"{name}.auroc" for name in view.scores.detectors}}
     measures = {name: view.measures.get(key) for name, key in keys.items()}
     return [name for name, m in measures.items() if m is not None and not m.low <= 0.5 <= m.high]
 
 
-def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_], told: Sequence[str]) -> Markup:
-    """Draw recall against the share of records reviewed, of all detectors and of those that can be told from chance."""
+def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_], names: Sequence[str]) -> Markup:
+    """Draw recall against the share of records reviewed, for the named rankings."""
     several = len(view.scores.detectors) > 1
-    detectors = {n: s for n, s in view.scores.detectors.items() if several and n in told}
+    detectors = {n: s for n, s in view.scores.detectors.items() if several and n in names}
     name = "all together" if several else "ranking"
     rankings = [Series(name, is_poison[view.order], "bad")]
     colours = [c for c in charts.SERIES_COLOURS if c != "bad"]
@@ -290,7 +292,7 @@ def ranking_curves(view: ScanView, is_poison: NDArray[np.bool_], told: Sequence[
 
 
 def keep_list_section(view: ScanView) -> Section | None:
-    """Show what the keep-list leaves out, by kind of record."""
+    """Show the records that the keep-list leaves out, by kind."""
     if view.is_poison is None:
         return None
     plan = view.data.plan

@@ -48,7 +48,7 @@ def build_page(run: Run) -> Page:
 
 
 def headline(view: ShadowsView) -> str:
-    """Say how well the meta-classifier tells attacked encoders from clean ones."""
+    """State how well the meta-classifier separates attacked from clean encoders."""
     area = view.measures["auroc"]
     attacked = quantity(int(view.notes["attacked"]), "attacked encoder")
     clean = quantity(int(view.notes["clean"]), "clean one")
@@ -60,7 +60,7 @@ def headline(view: ShadowsView) -> str:
 
 
 def lead(view: ShadowsView) -> str:
-    """Say what was held out, and which encoders may be audited."""
+    """State what was held out, and which encoders may be audited."""
     folds = quantity(int(view.notes["folds"]), "fold")
     lineages = quantity(int(view.notes["lineages"]), "lineage")
     return (

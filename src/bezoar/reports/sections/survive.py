@@ -1,4 +1,4 @@
-"""The page of a survive run: what each treatment leaves of a trigger."""
+"""The page of a survive run: how much of a trigger is left after each treatment."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def build_page(run: Run) -> Page:
 
 
 def canary_page(view: SurviveView) -> Page:
-    """Return the page of canaries that were counted behind a pipeline."""
+    """Return the page of canaries that were counted after a pipeline."""
     names = ("pair_kept", "caption_kept", "learnt", "place")
     heads = ("Picture and caption kept", "Caption alone kept", "Learnt", "Place of the own word")
     rows = {form: [form] for form in (*FORMS, "all")}
@@ -111,34 +111,34 @@ def canary_page(view: SurviveView) -> Page:
 
 
 def headline(view: SurviveView, single: list[Treatment]) -> str:
-    """Say whether a treatment explains an attack success of 0. `single`: most harmful first."""
+    """State whether a treatment explains an attack success of 0. `single`: most harmful first."""
     what = "of the embedding's shift" if view.has_encoder else "of its pattern"
     trigger = f"The trigger {pictures.shorten(view.notes['trigger'].partition(':')[0], 40)}"
     worst = single[0]
     value = view.remainder(worst).value
-    left = f"{format_percent(max(0.0, value))} {what}"
+    remainder_text = f"{format_percent(max(0.0, value))} {what}"
     lost = sum(view.remainder(t).value < LOST for t in single)
     weakened = sum(LOST <= view.remainder(t).value < WEAKENED for t in single)
     if lost:
         others = f" and {lost - 1} more of {len(single)} treatments" if lost > 1 else ""
         return (
-            f"{trigger} is lost to “{worst['title']}”{others}: {left} is left. Where images are "
+            f"{trigger} is lost to “{worst['title']}”{others}: {remainder_text} is left. Where images are "
             "treated so, expect an attack success of 0."
         )
     if weakened:
         others = f" and {weakened - 1} more of {len(single)} treatments" if weakened > 1 else ""
         return (
-            f"{trigger} is weakened by “{worst['title']}”{others}: {left} is left. Where images are "
+            f"{trigger} is weakened by “{worst['title']}”{others}: {remainder_text} is left. Where images are "
             "treated so, it needs more poisons or fails."
         )
     return (
         f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves "
-        f"{left}. An attack success of 0 has another cause."
+        f"{remainder_text}. An attack success of 0 has another cause."
     )
 
 
 def lead(view: SurviveView) -> str:
-    """Say on what the trigger was measured."""
+    """State which images the trigger was measured on."""
     if "images" not in view.notes:
         return ""
     images, side = quantity(view.notes["images"], "image"), view.notes["side"]
@@ -261,7 +261,7 @@ def table_section(view: SurviveView) -> Section:
 
 
 def changed_fields(treatment: Treatment) -> set[str]:
-    """Return what a treatment does, by the names of its fields."""
+    """Return the names of the fields that a treatment changes."""
     return {name for name, value in NEUTRAL.items() if treatment[name] != value}
 
 

@@ -32,7 +32,7 @@ def build_page(run: Run) -> Page:
 
 
 def warning(view: RunView) -> str:
-    """Say that the encoder was trained on poisons, or that its data held some."""
+    """Warn that the encoder was trained on poisons, or that its data held some."""
     poisons = view.measures.get("poisons_kept")
     if not view.goals:
         return ""
@@ -43,7 +43,7 @@ def warning(view: RunView) -> str:
 
 
 def headline(view: RunView) -> str:
-    """Say how many records the encoder was trained on, for how long, and how many were poisoned."""
+    """State the number of records and steps, and how many records were poisoned."""
     records, steps = view.notes.get("records"), view.notes.get("steps")
     if records is None or steps is None:
         return "This training was not finished."

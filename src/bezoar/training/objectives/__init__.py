@@ -11,11 +11,11 @@ from bezoar.training.loop import Recipe
 
 
 class Objective(Recipe, Protocol):
-    """What every objective offers: the fields of the loop, and a loss.
+    """The interface of an objective: the fields of the loop, and a loss.
 
-    An objective that reads no captions says `captions = False`; it trains networks without a text
-    tower. One that says `labels = True` too is called with labels, int64 (B, 1), in the place of
-    tokens: columns of the encoder's head.
+    An objective with `captions = False` reads no captions and trains networks without a text tower.
+    If it also has `labels = True`, it is called with labels, int64 (B, 1), instead of tokens:
+    columns of the encoder's head.
     """
 
     def __call__(self, encoder: Encoder) -> nn.Module:

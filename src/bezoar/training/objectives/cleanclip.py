@@ -29,10 +29,10 @@ from bezoar.training.universal_triggers import UniversalTriggers
 class Loss(ViewLoss):
     """L_CLIP(I, T) + weight / 2 [ InfoNCE(I, I~) + InfoNCE(T, T~) ], with one learnt temperature.
 
-    InfoNCE looks one way, from the original to the views, as in the published code. I and I~ are
-    one batch to the tower. With an anchor also anchor [ mean 1 - cos(f(I), f_0(I)) + mean 1 -
-    cos(g(T), g_0(T)) ], f_0 and g_0 being both towers as they were at the start. With adversarial
-    triggers I~ is, of a half of the batch, the image itself with one of them.
+    InfoNCE goes in one direction, from the original to the views, as in the published code. I and
+    I~ are one batch to the tower. With an anchor, the loss has a further term anchor [ mean 1 -
+    cos(f(I), f_0(I)) + mean 1 - cos(g(T), g_0(T)) ], where f_0 and g_0 are the towers at the start.
+    With adversarial triggers, half of I~ are the images themselves with such a trigger.
     """
 
     def __init__(self, encoder: Encoder, recipe: Cleanclip) -> None:
@@ -89,12 +89,12 @@ class Cleanclip:
     weight_decay: Annotated[float, "of AdamW; not on vectors (biases, norms, temperature)"] = 0.1
     warmup: Annotated[float, "share of the steps in which the learning rate rises"] = 0.05
     temperature: Annotated[float, "at the start"] = 0.07
-    weight: Annotated[float, "lambda: of the views' terms, beside CLIP's"] = 1.0
+    weight: Annotated[float, "lambda, the weight of the views' terms"] = 1.0
     anchor: Annotated[
         float, "weight of: clean pairs keep their vectors; to repair with, beyond the paper"
     ] = 0.0
     adversarial: Annotated[
-        int, "universal triggers that are searched for and stamped on a half of I~; 0: none"
+        int, "number of universal triggers that are searched for and stamped on half of I~"
     ] = 0
     shift: Annotated[int, "augmentation of I: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5

@@ -1,8 +1,8 @@
 """MoCo v2: find an image's other view in a queue of older ones (He, Chen et al. 2020).
 
-Where a key's batch norm sees the whole batch, its vector tells which batch that was, and the
-positive is found by that. So keys are shuffled and normalised in groups, as the papers do with GPUs
-for groups (He et al. 2020, section 3.3); here groups do not depend on how many ranks there are.
+If a key's batch norm sees the whole batch, its vector reveals the batch, and with it the positive.
+So keys are shuffled and normalised in groups. The papers use the GPUs as groups (He et al. 2020,
+section 3.3); here groups do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Loss(ViewsLoss):
         keys = self.compute_keys(x[:, 1], chance)
         k = keys[chance.rank * len(q) :][: len(q)]  # (B, dim), of this rank
         positive = (q * k).sum(1, keepdim=True)
-        negatives = q @ self.queue.clone().T  # a copy: backward needs the queue as it was
+        negatives = q @ self.queue.clone().T  # a copy: the backward pass needs the old queue
         logits = torch.cat([positive, negatives], 1) / self.recipe.temperature
         if self.training:
             self.enqueue(keys)

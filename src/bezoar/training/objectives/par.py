@@ -18,8 +18,8 @@ from bezoar.training.loop import require
 class Loss(ContrastiveLoss):
     """L_CLIP - 1/2 ( S_I 1[S_I <= tau] + S_T 1[S_T <= tau] ).
 
-    S is the batch's mean squared distance of unit vectors to those that the encoder gave at the
-    start: 2 - 2 cos, 0..4.
+    S is the batch's mean squared distance of unit vectors to those of the encoder at the start:
+    2 - 2 cos, 0..4.
     """
 
     def __init__(self, encoder: Encoder, recipe: Par) -> None:

@@ -23,13 +23,13 @@ BATCH = 512  # pairs that are embedded at a time when all are split
 class Loss(ViewLoss):
     """Three phases: `apart` epochs of views alone, one of CLIP's loss at a low rate, then both.
 
-    In the last phase it is CLIP's loss of a batch's safe pairs and the views' loss of its risky
+    In the last phase it is CLIP's loss for a batch's safe pairs and the views' loss for its risky
     ones. All buffers are in the state dict.
 
     Attributes:
         safe: bool (N,), which pairs are safe.
         first: share of the records that the mixture called safe.
-        step: how many steps were taken.
+        step: number of steps so far.
     """
 
     safe: Tensor
@@ -84,13 +84,14 @@ class Loss(ViewLoss):
         return clip_loss(z, self.encoder.encode_tokens(tokens), self.scale, chance)
 
     def split(self, epochs: int) -> None:
-        """Decide which records are safe, by the cosines that the encoder gives now.
+        """Decide which records are safe, by the cosines of the present encoder.
 
-        At first those of which the mixture is `sure`, but a share of `least` at least; later the
-        same share and `more` an epoch, up to `most`. Those that agree best are safe.
+        At first, these are the records of which the mixture is `sure`, and at least a share of
+        `least`; later the share grows by `more` an epoch, up to `most`. The records with the
+        highest cosines are safe.
 
         Args:
-            epochs: how many were trained on the split so far.
+            epochs: number of epochs trained with the split so far.
         """
         recipe = self.recipe
         agreement = self.agreement()
@@ -106,7 +107,7 @@ class Loss(ViewLoss):
 
     @torch.no_grad()
     def agreement(self) -> Tensor:
-        """Cosines of all pairs as they are, float32 (N,), on the CPU."""
+        """Cosines of all pairs without augmentation, float32 (N,), on the CPU."""
         mode = self.training
         self.eval()
         cosines = []
@@ -152,8 +153,8 @@ class Safeclip:
         float,
         "share of the records that are called safe at first, at least; the paper's rule alone: 0",
     ] = 0.2
-    more: Annotated[float, "share of the records by which the safe ones grow each epoch"] = 0.01
-    most: Annotated[float, "share of the records that they grow to, at most"] = 0.85
+    more: Annotated[float, "growth of the safe share of the records in each epoch"] = 0.01
+    most: Annotated[float, "largest safe share of the records"] = 0.85
     shift: Annotated[int, "augmentation of CLIP's loss: images moved by up to this many pixels"] = 2
     crop: Annotated[float, "views: least share of the image's area that a crop keeps"] = 0.5
     flip: Annotated[float, "views: share of them mirrored"] = 0.5

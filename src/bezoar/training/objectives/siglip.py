@@ -1,8 +1,8 @@
-"""SigLIP: every image-caption pair of the batch is a yes or a no of its own (Zhai et al., ICCV 2023, section 3.2).
+"""SigLIP: classifies every image-caption pair of the batch as match or not (Zhai et al. 2023, 3.2).
 
 Temperature and bias are learnt; the paper starts at 10 and -10, so that the many wrong pairs do not
-outweigh the right ones in the first steps. AdamW and the augmentation are those of `clip`, so that
-the two losses can be compared; the paper's beta2 of 0.95 is not taken over.
+dominate the first steps. AdamW and the augmentation are those of `clip`, so that the two losses can
+be compared; the paper's beta2 of 0.95 is not used.
 """
 
 from __future__ import annotations

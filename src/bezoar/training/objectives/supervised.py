@@ -1,4 +1,4 @@
-"""Cross-entropy of a classifier by labels: a network and its own last layer (He et al. 2016, section 4.2)."""
+"""Cross-entropy of a classifier with labels: a network and its last layer (He et al. 2016)."""
 
 from __future__ import annotations
 
