@@ -648,6 +648,18 @@ def test_sizes_that_a_checkpoint_claims_are_bounded(zipped, tmp_path):
     )
 
 
+def test_weights_may_be_tied_under_four_names(tmp_path):
+    path = tmp_path / "tied.pth"
+    words = torch.ones(600, 11)
+    names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    torch.save(dict.fromkeys((f"{name}.weight" for name in names), words), path)
+    tensors = checkpoints.load_tensors(str(path))
+    assert len(tensors) == 4 and all(torch.equal(t, words) for t in tensors.values())
+    torch.save({f"{i}.weight": words for i in range(9)}, path)
+    with pytest.raises(UserError, match="claims"):
+        checkpoints.load_tensors(str(path))
+
+
 def test_packed_members_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"conv1.weight": torch.ones(7, 11)}, path)

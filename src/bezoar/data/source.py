@@ -7,6 +7,7 @@ rest follows from that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,8 +286,11 @@ class WholeSource(Source):
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Take a unit; with the first one, the report takes what could not be read of all."""
         if unit.number == 0:
-            report.skipped += [s for s in self.report.skipped if s.reason not in STRAY_REASONS]
+            strays = dict.fromkeys(STRAY_REASONS, 0)
+            report.skipped += [s for s in self.report.skipped if s.reason not in strays]
             report.renamed += self.report.renamed
+            report.reasons += Counter({**self.report.reasons, **strays})
+            report.doubles += self.report.doubles
         start, stop = unit.place
         for part in blocks(stop - start, batch_size(self.size)):
             rows = range(start + part.start, start + part.stop)
@@ -345,7 +349,7 @@ def until_broken(items: Iterable[T], unit: Unit, report: ReadReport) -> Iterator
     try:
         yield from items
     except UserError as error:
-        report.skipped.append(Skipped(unit.file, "", str(error)))
+        report.leave_out(Skipped(unit.file, "", str(error)))
 
 
 def batch_size(size: int) -> int:

@@ -25,6 +25,7 @@ from bezoar.data.files.zips import open_zip
 from bezoar.errors import UserError, first_line
 
 MAX_PICKLE_BYTES = 16 << 20  # of the part of a file that says what its tensors are
+MAX_NAMES = 4  # of tied weights: the words of a T5 are shared, in both of its parts and in the head
 PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
@@ -62,7 +63,7 @@ def load_torch(
     Args:
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
-        max_bytes: what a tensor may reach over and, twice, what all may hold together.
+        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold together.
         select: takes the named tensors out of what was loaded; it raises UserError for anything
             else.
 
@@ -86,14 +87,14 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over twice as many."""
+    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as many."""
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         elements = int(tensor.storage_offset()) + last + 1 if tensor.numel() else 0
         reach = elements * tensor.element_size()
         total += tensor.numel() * tensor.element_size()
-        if max(reach, total // 2) > max_bytes:  # tied weights may be named twice
+        if max(reach, total // MAX_NAMES) > max_bytes:
             raise UserError(f"{key} claims {max(reach, total)} bytes of a file of {max_bytes}")
 
 
