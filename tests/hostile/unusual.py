@@ -101,6 +101,8 @@ def endless_pictures() -> dict[str, bytes]:
         "500,000 times EXIF": jpeg[:2] + 500_000 * exif + jpeg[2:],
         "5,000,000 empty segments": jpeg[:2] + 5_000_000 * b"\xff\xe5\0\2" + jpeg[2:],
         "30 MB of filling": jpeg[:2] + bytes([255]) * 30_000_000 + jpeg[2:],
+        "3,000,000 comments": b"P3\n8 8\n255\n" + 3_000_000 * b"#\n" + 192 * b"7 ",
+        "a header of 30 MB": b"P6\n" + 15_000_000 * b"#\n" + b"8 8\n255\n" + bytes(192),
         "2,000,000 empty chunks": png[:33] + 2_000_000 * chunk(b"vpAg", b"") + png[33:],
     }
 

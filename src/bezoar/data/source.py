@@ -7,7 +7,6 @@ rest follows from that.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,6 @@ TEXT_COLUMNS = ("id", "caption", "member", "url", "origin")
 COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
     + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
-)
-# Reasons of what was skipped that stand for files which are no records at all.
-STRAY_REASONS = (
-    "not an image by its name",
-    "not in a class folder",
-    "no file in the class folder",
 )
 NO_IMAGES = "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
 T = TypeVar("T")
@@ -286,10 +279,9 @@ class WholeSource(Source):
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Take a unit; with the first one, the report takes what could not be read of all."""
         if unit.number == 0:
-            strays = dict.fromkeys(STRAY_REASONS, 0)
-            report.skipped += [s for s in self.report.skipped if s.reason not in strays]
+            report.skipped += self.report.skipped
             report.renamed += self.report.renamed
-            report.reasons += Counter({**self.report.reasons, **strays})
+            report.reasons += self.report.reasons
             report.doubles += self.report.doubles
         start, stop = unit.place
         for part in blocks(stop - start, batch_size(self.size)):
