@@ -35,7 +35,22 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
 PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-IMAGES = tuple(".png .jpg .jpeg .jfif .jpe .webp .bmp .ppm .pgm .gif .tif .tiff".split())
+IMAGES = tuple(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".webp",
+        ".bmp",
+        ".ppm",
+        ".pgm",
+        ".gif",
+        ".tif",
+        ".tiff",
+    ]
+)
 HUB = "hf-hub:"  # what names of the Hugging Face hub begin with
 
 # What a field for data, an encoder, a run or a method holds: a spec, the start of a run's name, a Run, a configured

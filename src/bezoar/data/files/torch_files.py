@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import sys
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -198,6 +199,10 @@ def _read_zip_pickle(file: Path | bytes) -> bytes:
             raise UserError(
                 "expected tensors alone; it is a TorchScript program. Nothing was executed"
             )
+        orders = [m for m in members if m.filename.rpartition("/")[2] == "byteorder"]
+        if any(archive.open(m).read(10) != sys.byteorder.encode() for m in orders):
+            # torch would swap the bytes in the mapped file, and end the process.
+            raise UserError("its numbers have another order of bytes than this machine's")
         compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
         if compressed or pickles[0].file_size > MAX_PICKLE_BYTES:
             contents = format_keys(compressed) or f"{pickles[0].file_size >> 20} MiB of opcodes"
