@@ -457,6 +457,17 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(sent, exit_status, status, tm
     assert json.loads(manifest.read_text())["status"] == "done"
 
 
+def test_runs_in_a_folder_whose_name_is_not_utf8_are_refused_in_a_line(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["poison", "scenes:count=60", "--poison", "backdoor:count=2", "--trigger", "patch"]
+    assert main([*words, "--target", "star", "--runs", "a\udcff"]) == 2
+    err = capsys.readouterr().err
+    assert "runs must stand in a folder named in UTF-8" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_verb_without_its_data_ends_with_the_status_of_bad_input(capsys):
     assert main(["poison", "--trigger", "patch"]) == 2
     assert "DATA" in capsys.readouterr().err

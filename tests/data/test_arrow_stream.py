@@ -58,6 +58,18 @@ def test_a_saved_data_set_is_read_in_order_pixel_for_pixel(saved):
     assert (pairs.images[0].permute(1, 2, 0).numpy() == first).all()
 
 
+@pytest.mark.parametrize("key", ["_indices_files", "_indices_data_files"])
+def test_a_selection_that_was_saved_beside_its_rows_is_refused(saved, key):
+    state = {"_data_files": [{"filename": "data-00000-of-00002.arrow"}]}
+    (saved / "state.json").write_text(json.dumps(state | {key: []}))
+    assert len(load(saved)) == 30
+    (saved / "state.json").write_text(json.dumps(state | {key: [{"filename": "indices.arrow"}]}))
+    with pytest.raises(UserError, match="a selection of its rows"):
+        load(saved)
+    with pytest.raises(UserError, match="a selection of its rows"):
+        load(saved / "data-00000-of-00002.arrow")
+
+
 def test_splits_that_were_saved_together_are_one_set(tmp_path):
     write_stream(tmp_path / "d" / "train" / "data-00000-of-00001.arrow", rows(0, 12))
     write_stream(tmp_path / "d" / "test" / "data-00000-of-00001.arrow", rows(12, 20))

@@ -407,6 +407,38 @@ def test_exif_may_be_of_32_bits_or_in_a_text(where: dict[str, Any], tmp_path: Pa
     assert (load_array(str(tmp_path / "t.png")) == turned).all(), "a trigger is as its file says"
 
 
+def xmp(orientation: object, form: str = 'tiff:Orientation="{}"') -> bytes:
+    """What editors write beside EXIF, or in its place."""
+    inner = form.format(orientation)
+    return f"<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:Description {inner}/></x:xmpmeta>".encode()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("exif", "stated", "turns"),
+    [(None, 1, 0), (None, 3, 2), (None, 6, 3), (None, 0, 0), (None, 9, 0), (1, 6, 0), (3, 6, 2)],
+)
+@pytest.mark.parametrize(
+    "form", ['tiff:Orientation="{}"', "><tiff:Orientation>{}</tiff:Orientation>"]
+)
+def test_pictures_are_turned_as_their_xmp_says_where_exif_says_nothing(
+    format: str, exif: int | None, stated: int, turns: int, form: str
+) -> None:
+    pixels = np.zeros((24, 16, 3), np.uint8)
+    pixels[:8] = 240
+    text, tags = xmp(stated, form), {0x0112: exif} if exif else {}
+    info, of_exif = PngInfo(), Image.Exif()
+    info.add_itxt("XML:com.adobe.xmp", text.decode())
+    of_exif.update(tags)
+    options = {"PNG": {"pnginfo": info}, "TIFF": {"tiffinfo": {700: text, **tags}}}
+    file, lossless = io.BytesIO(), {"lossless": True} if format == "WEBP" else {}
+    both = options.get(format, {"xmp": text}) | ({"exif": of_exif} if exif else {})
+    Image.fromarray(pixels).save(file, format, **both, **lossless)
+    image = decode_image(file.getvalue(), None).transpose(1, 2, 0).astype(int)
+    upright = np.rot90(pixels, turns)
+    assert image.shape == upright.shape and abs(image - upright).max() <= 2
+
+
 def test_broken_exif_says_nothing() -> None:
     content = encode(flat("RGB", (1, 2, 3)), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert decode(content) == [1, 2, 3]

@@ -100,6 +100,21 @@ def test_a_tiff_of_many_strips_is_refused_by_its_directory(order):
         decode_image(content, 16)
 
 
+def test_comments_and_headers_without_end_of_netpbm_are_refused_before_pillow_reads_them():
+    pixels = b"7 " * 192
+    for comments in (b"", b"# of a camera\n" * 50):
+        image = decode_image(b"P3\n8 8\n255\n" + comments + pixels, None)
+        assert (image == 7).all() and image.shape == (3, 8, 8)
+        assert (decode_image(b"P6\n" + comments + b"8 8\n255\n" + bytes(192), None) == 0).all()
+    before = time.monotonic()
+    with pytest.raises(Unreadable, match="too many parts: 2049 or more"):
+        decode_image(b"P3\n8 8\n255\n" + b"#\n" * 1_000_000 + pixels, None)
+    for filling in (b"#\n" * 1_000_000, b" " * 1_000_000, b"#" + bytes(9_000_000)):
+        with pytest.raises(Unreadable, match="not decodable: Reached EOF while reading header"):
+            decode_image(b"P6\n" + filling + b"\n8 8\n255\n" + bytes(192), None)
+    assert time.monotonic() - before < 3
+
+
 def test_formats_that_pillow_decodes_in_python_are_bounded():
     small = b"P5\n16 16\n254\n" + bytes([127]) * 256
     assert decode_image(small, None)[:, 0, 0].tolist() == [128] * 3  # 127 of 254

@@ -515,6 +515,8 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
     with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("conv1.weight.npy", bytes(200 << 20))
     torch.save({"net": {"conv1.weight": torch.zeros(1)}, "args": "x"}, "tiny.pth")
+    whole = Cifar(Pre, (1, 1, 1, 1)).state_dict()
+    torch.save({k: v[:0] if "linear" in k else v for k, v in whole.items()}, "headless.pth")
     for file, words in (
         ("objects.npz", "never read"),
         ("evil.pth", "Nothing was executed"),
@@ -522,6 +524,7 @@ def test_hostile_files_are_refused_and_nothing_runs(tmp_path, monkeypatch):
         ("bomb.npz", "too many"),
         ("tiny.pth", "expected"),
         ("missing.pth", "no weights file"),
+        ("headless.pth", "a head of no classes"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             load(file)

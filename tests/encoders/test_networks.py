@@ -620,6 +620,30 @@ def test_sizes_that_a_checkpoint_claims_are_bounded(zipped, tmp_path):
     )
 
 
+@pytest.mark.parametrize("order", [b"big", b"little" + bytes(99), b""])
+def test_numbers_in_another_order_of_bytes_are_refused_and_end_no_process(order, tmp_path):
+    path, swapped = tmp_path / "model.pth", tmp_path / "swapped.pth"
+    torch.save({"conv1.weight": torch.ones(7, 11)}, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(swapped, "w") as copy:
+        for name in archive.namelist():
+            copy.writestr(name, order if name.endswith("byteorder") else archive.read(name))
+    assert len(checkpoints.load_tensors(str(path))) == 1
+    with pytest.raises(UserError, match="another order of bytes"):
+        checkpoints.load_tensors(str(swapped))
+
+
+def test_weights_may_be_tied_under_four_names(tmp_path):
+    path = tmp_path / "tied.pth"
+    words = torch.ones(600, 11)
+    names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    torch.save(dict.fromkeys((f"{name}.weight" for name in names), words), path)
+    tensors = checkpoints.load_tensors(str(path))
+    assert len(tensors) == 4 and all(torch.equal(t, words) for t in tensors.values())
+    torch.save({f"{i}.weight": words for i in range(9)}, path)
+    with pytest.raises(UserError, match="claims"):
+        checkpoints.load_tensors(str(path))
+
+
 def test_packed_members_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"conv1.weight": torch.ones(7, 11)}, path)

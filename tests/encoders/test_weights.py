@@ -336,6 +336,18 @@ def test_a_folder_of_open_clip_brings_both_towers_and_its_preprocessing(tmp_path
     assert torch.equal(again.encode_texts(["two"]), encoder.encode_texts(["two"]))
 
 
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_that_a_folder_squashes_pictures_is_said_because_they_are_cut(mode, tmp_path):
+    open_clip_folder(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    facts = json.loads(file.read_text())
+    facts["preprocess_cfg"]["resize_mode"] = mode
+    file.write_text(json.dumps(facts))
+    left_out = load(tmp_path).about["imported"]["left_out"]
+    cut = ["the resizing (squash) of pictures that are not square, which are cut"]
+    assert left_out == cut * (mode == "squash")
+
+
 def test_a_text_tower_with_another_tokenizer_is_left_out(tmp_path):
     text = CLIP["text_cfg"] | {"hf_tokenizer_name": "bert-base-uncased"}
     model = open_clip_folder(tmp_path, CLIP | {"text_cfg": text})

@@ -110,6 +110,11 @@ CASES = (
         ),
         ("train",),
     ),
+    Case(
+        "scan.export",
+        ("scan", "{train}", "--detector", "duplicates", "--export", "fiftyone"),
+        ("train",),
+    ),
     Case("scan.fresh", ("scan", "{train}", "--detector", "duplicates", "--fresh"), ("train",)),
     Case("survive", ("survive", "scenes:count=16", "--trigger", "patch:size=6")),
     Case(

@@ -12,7 +12,7 @@ SAMPLE = 4  # operations of each verb; `python tests/hostile/kills.py FOLDER` tr
 STORIES = "demo,reproduce"  # verbs that run others, for ten seconds and more
 QUICK = (
     "poison,poison.shards,train,tower,inject,evaluate,scan,scan.shards,scan.workers,scan.table,"
-    "scan.fresh,survive,audit,calibrate,shadows,repair,check,dose,show"
+    "scan.export,scan.fresh,survive,audit,calibrate,shadows,repair,check,dose,show"
 )
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from hostile.artefacts import caption, picture
+import torch
+from hostile.artefacts import caption, picture, small_resnet
 from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
 from PIL import Image
 
@@ -37,6 +38,8 @@ def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
     yield Mutant(
         "npz: a member twice", ("scan", "npz:path=@/d.npz", *scan), write_twice, (REFUSED,)
     )
+    evaluate = ("evaluate", "classifier:path=@/n.pth", "scenes:count=40", "--probe", "own")
+    yield Mutant("checkpoint: numbers of a big-endian machine", evaluate, write_swapped, (REFUSED,))
 
 
 def endless_tars() -> dict[str, Callable[[Path], None]]:
@@ -101,6 +104,8 @@ def endless_pictures() -> dict[str, bytes]:
         "500,000 times EXIF": jpeg[:2] + 500_000 * exif + jpeg[2:],
         "5,000,000 empty segments": jpeg[:2] + 5_000_000 * b"\xff\xe5\0\2" + jpeg[2:],
         "30 MB of filling": jpeg[:2] + bytes([255]) * 30_000_000 + jpeg[2:],
+        "3,000,000 comments": b"P3\n8 8\n255\n" + 3_000_000 * b"#\n" + 192 * b"7 ",
+        "a header of 30 MB": b"P6\n" + 15_000_000 * b"#\n" + b"8 8\n255\n" + bytes(192),
         "2,000,000 empty chunks": png[:33] + 2_000_000 * chunk(b"vpAg", b"") + png[33:],
     }
 
@@ -118,6 +123,15 @@ def tables() -> dict[str, str]:
         + "".join(f"{n},{t}\n" for n, t in rows),
         "empty.csv": "filepath,title\n" + "\n" * 2_000_000 + "".join(f"{n},{t}\n" for n, t in rows),
     }
+
+
+def write_swapped(folder: Path) -> None:
+    """A checkpoint whose bytes torch would swap in the mapped file, which ends the process."""
+    file = io.BytesIO()
+    torch.save(small_resnet(), file)
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(folder / "n.pth", "w") as swapped:
+        for name in archive.namelist():
+            swapped.writestr(name, b"big" if name.endswith("byteorder") else archive.read(name))
 
 
 def write_twice(folder: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from bezoar import registry
 from bezoar.cli import main
+from bezoar.data.files import skipped
 from bezoar.data.files.skipped import ReadReport, Skipped
 from bezoar.runs import reading
 from bezoar.runs.inputs import load_records
@@ -50,7 +51,10 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_every_verb_that_leaves_records_out_says_so(
-    tars: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tars: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     good, bad = tars
     runs = ["--runs", str(tmp_path / "runs")]
@@ -99,6 +103,14 @@ def test_every_verb_that_leaves_records_out_says_so(
         assert ask(*words)[0] == 4  # of a run that was done before, too
     status, _, last = ask("scan", bad, "--encoder", str(encoder), "--detector", "duplicates")
     assert status == 4 and last.startswith("scan: 5 records or files could not be read")
+    monkeypatch.setattr(skipped, "NAMED", 2)  # of millions, the first are named and all are counted
+    scan = ("scan", bad, "--encoder", str(encoder), "--detector", "duplicates", "--fresh")
+    status, run, again = ask(*scan)
+    assert status == 4 and again == last
+    named = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [member for _, member, _ in named] == ["0000", "0001", ""]
+    assert named[2][2] == "3 more: not decodable"
+    assert manifest(run)["notes"]["reading"]["reasons"] == {"not decodable": 5}  # type: ignore[index]
 
 
 def test_a_verb_in_a_verb_has_a_collection_of_its_own(tars: tuple[str, str]) -> None:
@@ -118,6 +130,17 @@ def test_a_verb_in_a_verb_has_a_collection_of_its_own(tars: tuple[str, str]) -> 
     assert reading.incomplete_notes({}, {}, [child]) == {"incomplete": ["of a child"]}
     counted = {"reading": {"unread": 1}, "incomplete": ["1 record"]}  # as a scan counts, once
     assert reading.incomplete_notes({}, counted, [child]) == {"incomplete": ["1 record"]}
-    report = ReadReport(3, [Skipped("a.tar", "b", "no caption")])
+    report = ReadReport(3)
+    report.leave_out(Skipped("a.tar", "b", "no caption"))
     told = "1 records or files were left out, beside 3 that were read (1 no caption); the first: a.tar b: no caption"
     assert reading.describe_report(report) == told
+    for number in range(skipped.NAMED + 5):
+        report.leave_out(Skipped("a.tar", str(number), "no image: x"))
+        report.rename(Skipped("a.tar", str(number), "an id"))
+    both = report.merge([report])
+    assert len(both.skipped) == len(both.renamed) == skipped.NAMED
+    assert str(both).startswith(
+        f"6 read, {2 * skipped.NAMED + 12} skipped ({2 * skipped.NAMED + 10} no image, 2 no c"
+    )
+    notes = report.notes()
+    assert len(notes["skipped"]) == skipped.LISTED and notes["renamed"] == skipped.NAMED + 5

@@ -91,7 +91,7 @@ def decode_records(
         most = max(1, min(2 * count, HELD_BYTES // max(1, nbytes)))
         for result in results:
             if isinstance(result, Skipped):
-                report.skipped.append(result)
+                report.leave_out(result)
             else:
                 yield result
 
@@ -189,7 +189,7 @@ def decode_distinct(
         for number, (key, new) in enumerate(zip(record.ids, ids, strict=True)):
             if new != key:
                 reason = describe_renaming(key, new)
-                report.renamed.append(Skipped(record.file, record.member, reason))
+                report.rename(Skipped(record.file, record.member, reason))
                 record = replace(record, ids=ids)
             report.read += 1
             yield record, number, image

@@ -35,12 +35,6 @@ COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
     + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
 )
-# Reasons for skipping files that are no records.
-STRAY_REASONS = (
-    "not an image by its name",
-    "not in a class folder",
-    "no file in the class folder",
-)
 NO_IMAGES = "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
 T = TypeVar("T")
 
@@ -283,8 +277,10 @@ class WholeSource(Source):
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Take a unit. With the first one, the report receives the problems of the whole source."""
         if unit.number == 0:
-            report.skipped += [s for s in self.report.skipped if s.reason not in STRAY_REASONS]
+            report.skipped += self.report.skipped
             report.renamed += self.report.renamed
+            report.reasons += self.report.reasons
+            report.doubles += self.report.doubles
         start, stop = unit.place
         for part in blocks(stop - start, batch_size(self.size)):
             rows = range(start + part.start, start + part.stop)
@@ -343,7 +339,7 @@ def until_broken(items: Iterable[T], unit: Unit, report: ReadReport) -> Iterator
     try:
         yield from items
     except UserError as error:
-        report.skipped.append(Skipped(unit.file, "", str(error)))
+        report.leave_out(Skipped(unit.file, "", str(error)))
 
 
 def batch_size(size: int) -> int:

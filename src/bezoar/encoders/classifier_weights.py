@@ -246,6 +246,8 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
             f"{path}: expected one head named {', '.join(HEADS[:-1])} or {HEADS[-1]}; it has "
             f"{format_keys(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
         )
+    if not all(weights[key].numel() for key in matrices):
+        raise UserError(f"{path}: a head of no classes")
     owners = {
         key.rpartition(".")[0]: f"{2 * i}." if len(matrices) > 1 else ""
         for i, key in enumerate(matrices)

@@ -91,25 +91,27 @@ class PretrainedFolder:
             )
         return [self.path / name for name in sorted(names)]
 
-    def preprocess(self, usual: Preprocess) -> tuple[Preprocess, list[str]]:
+    def preprocess(self, usual: Preprocess) -> tuple[Preprocess, list[str], list[str]]:
         """The preprocessing that the folder states.
 
         usual: the values for whatever it does not state.
 
         Returns:
-            the preprocessing, and what was assumed.
+            the preprocessing, what was assumed, and what was left out.
         """
         readers = {"open_clip": _of_open_clip, "timm": _of_timm, "transformers": _of_transformers}
         stated = readers[self.library](self)
         if "size" not in stated and "mean" not in stated:
-            return usual, ["preprocessing, which no file of the folder states"]
+            return usual, ["preprocessing, which no file of the folder states"], []
         preprocess = Preprocess(
             stated.get("size", usual.size),
             stated.get("mean", usual.mean),
             stated.get("std", usual.std),
             stated.get("interpolation", usual.interpolation),
         )
-        return preprocess, [] if "mean" in stated else ["mean_std"]
+        shape = stated.get("shape")
+        left_out = [f"{shape} of pictures that are not square, which are cut"] if shape else []
+        return preprocess, [] if "mean" in stated else ["mean_std"], left_out
 
 
 def _is_file_name(name: object) -> bool:
@@ -167,7 +169,7 @@ def _find_snapshot(folder: Path) -> Path:
     return states[0]
 
 
-# The preprocessing that each library states: some of size, mean, std and interpolation
+# The preprocessing that each library states: some of size, mean, std, interpolation and shape
 
 
 def _of_open_clip(folder: PretrainedFolder) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _of_timm(folder: PretrainedFolder) -> dict[str, Any]:
 
 
 def _stated(config: object, folder: PretrainedFolder, size: str) -> dict[str, Any]:
-    """Read a config with mean, std, interpolation and a size."""
+    """Read a config with mean, std, interpolation, a size and a way to make pictures square."""
     if not isinstance(config, Facts):
         return {}
     stated: dict[str, Any] = {}
@@ -194,6 +196,12 @@ def _stated(config: object, folder: PretrainedFolder, size: str) -> dict[str, An
         stated |= _mean_std(config["mean"], config["std"], 1.0, folder)
     if config.get("interpolation") in PIL_FILTERS.values():
         stated["interpolation"] = config["interpolation"]
+    if (mode := config.get("resize_mode", config.get("crop_mode"))) in (
+        "squash",
+        "longest",
+        "border",
+    ):
+        stated["shape"] = f"the resizing ({mode})"
     return stated
 
 
@@ -209,6 +217,8 @@ def _of_transformers(folder: PretrainedFolder) -> dict[str, Any]:
     size = config.get("crop_size" if crops else "size")
     if size is not None and config.get("do_resize", True):
         stated["size"] = _side(size, folder)
+        if not crops and isinstance(size, Facts) and "height" in size:
+            stated["shape"] = "the resizing (squash)"
     factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     mean, std = config.get("image_mean"), config.get("image_std")
     if not config.get("do_normalize", True):

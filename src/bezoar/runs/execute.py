@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bezoar import registry
+from bezoar.data.files.paths import encodable
 from bezoar.data.files.writing import TEMPORARY, refuse_unwritable, remove_debris, write_json
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Measure
@@ -105,6 +106,8 @@ def execute(verb: Verb, settings: Settings) -> Run:
     select_device(settings.device)
     if not 0 <= settings.seed <= MAX_SEED:
         raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")
+    if encodable(str(settings.runs)) != str(settings.runs):
+        raise UserError(f"runs must stand in a folder named in UTF-8; got {settings.runs}")
     inputs, ask = resolve_inputs(verb, settings)
     digest = hashlib.sha256(json.dumps(ask, sort_keys=True).encode()).hexdigest()[:10]
     run = Run(settings.runs / f"{verb_name(verb)}-{digest}")

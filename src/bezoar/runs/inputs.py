@@ -78,14 +78,11 @@ class Dataset:
         return self.pairs
 
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and all that was not, with reasons."""
+        """For the manifest: how many records were read, and the first of what was not, with reasons."""
         report = self.clean.report
         if report is None:
             return {}
-        notes: dict[str, Any] = {"read": report.read, "skipped": [list(s) for s in report.skipped]}
-        if report.renamed:
-            notes["renamed"] = len(report.renamed)
-        return {"reading": notes}
+        return {"reading": report.notes()}
 
 
 def open_dataset(data: Any) -> Dataset:

@@ -56,15 +56,13 @@ def incomplete_notes(
     if "unread" not in (notes.get("reading") or {}):
         lines += [f"{spec}: {describe_report(report)}" for spec, report in skipping.items()]
         lines += [
-            f"{spec}: {len(r.renamed)} records have an id that another has, and another name here"
+            f"{spec}: {r.doubles} records have an id that another has, and another name here"
             for spec, r in reports.items()
             if r.renamed
         ]
         if skipping and "reading" not in notes:
             first, *others = reports.values()
-            total = first.merge(others)
-            skipped = [list(item) for item in total.skipped]
-            additions["reading"] = {"read": total.read, "skipped": skipped}
+            additions["reading"] = first.merge(others).notes()
         for child in children:
             lines += (child.manifest.get("notes") or {}).get("incomplete") or []
     lines = list(dict.fromkeys(lines))
@@ -74,9 +72,8 @@ def incomplete_notes(
 def describe_report(report: ReadReport) -> str:
     """Return how many records or files were left out, in a line with the first of them."""
     first = report.skipped[0]
-    count = (
-        f"{len(report.skipped)} records or files were left out, beside {report.read} that were read"
-    )
+    total = report.reasons.total()
+    count = f"{total} records or files were left out, beside {report.read} that were read"
     _, _, reasons = str(report).partition("skipped ")
     place = f"{first.file} {first.member}".strip()
     return f"{count} {reasons}; the first: {place}: {first.reason}".replace("  ", " ")

@@ -36,19 +36,21 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
 PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-IMAGES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".jpe",
-    ".webp",
-    ".bmp",
-    ".ppm",
-    ".pgm",
-    ".gif",
-    ".tif",
-    ".tiff",
+IMAGES = tuple(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".jpe",
+        ".webp",
+        ".bmp",
+        ".ppm",
+        ".pgm",
+        ".gif",
+        ".tif",
+        ".tiff",
+    ]
 )
 HUB = "hf-hub:"  # prefix of names of the Hugging Face hub
 

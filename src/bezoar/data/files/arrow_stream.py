@@ -13,10 +13,23 @@ from typing import Any
 
 import pyarrow as pa
 
+from bezoar.data.files.artefacts import read_facts
 from bezoar.errors import UserError
 
 SUFFIX = ".arrow"
 FREE_ROWS = 1 << 16  # that a file may have however small it is; beyond them one a byte
+
+
+def refuse_selection(path: Path) -> None:
+    """Raise UserError where `datasets`, before 1.6, saved the rows of a set beside a list of those that belong to it."""
+    state = path.parent / "state.json"
+    if state.exists():
+        facts = read_facts(state, links=True)
+        if facts.get("_indices_files") or facts.get("_indices_data_files"):
+            raise UserError(
+                f"{path.parent} is a selection of its rows (_indices_files in state.json), which is not read; "
+                "save it again with `datasets`: flatten_indices().save_to_disk(...)"
+            )
 
 
 @contextmanager

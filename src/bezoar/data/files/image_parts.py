@@ -1,11 +1,12 @@
 """Which parts an encoded picture is made of: a file of millions of empty ones costs its reader minutes or gigabytes.
 
 Pillow walks through them in Python before it says how large the picture is, keeps them, and joins
-those of EXIF in a time that is the square of their number.
+those of EXIF, and cuts out comments, in a time that is the square of their number.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,9 @@ from bezoar.data.files.skipped import Unreadable
 MAX_PARTS = 2048  # that are no pixels; cameras write a few dozen
 MAX_PART_BYTES = 16 << 20  # of all of them
 MAX_STRIPS = 1 << 16  # of a TIFF
-JPEG, PNG, GIF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"
+NETPBM_HEADER = 1 << 16  # bytes; Pillow reads it byte by byte, its comments too
+JPEG, PNG, GIF, NETPBM = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"P"
+PLAIN = (b"P1", b"P2", b"P3")  # forms of NETPBM that are text
 # By their first bytes: the order of bytes, and the types of the count of entries and of offsets.
 TIFFS = {
     b"II*\0": ("<", "H", "I"),
@@ -32,7 +35,10 @@ STRIP_OFFSETS, TILE_OFFSETS = 273, 324  # tags of TIFF
 
 @contextmanager
 def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """Open a picture that has no more parts than pictures have, by its header alone. Raises Unreadable."""
+    """Open a picture that has no more parts than pictures have, by its header alone.
+
+    Raises Unreadable, or what Pillow raises for a header that ends before its end.
+    """
     sizes = list(islice(_part_sizes(content), MAX_PARTS + 1))
     if len(sizes) > MAX_PARTS or sum(sizes) > MAX_PART_BYTES:
         raise Unreadable(
@@ -40,13 +46,16 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
         )
     if (strips := _strip_count(content)) > MAX_STRIPS:
         raise Unreadable(f"too many parts: {strips} strips")
+    if content.startswith(NETPBM):
+        Image.open(BytesIO(content[:NETPBM_HEADER]), formats=formats).close()
     with Image.open(BytesIO(content), formats=formats) as picture:
         yield picture
 
 
 def _part_sizes(content: bytes) -> Iterator[int]:
-    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a PNG."""
+    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a PNG or a text."""
     walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
+    walkers |= dict.fromkeys(PLAIN, _comment_sizes)
     walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)
     with suppress(IndexError, struct.error):  # it breaks off, as the decoder will say
         yield from walk(content) if walk else ()
@@ -82,6 +91,10 @@ def _block_sizes(content: bytes) -> Iterator[int]:
             at += size + 1
         at += 1
         yield at - start
+
+
+def _comment_sizes(content: bytes) -> Iterator[int]:
+    return (comment.end() - comment.start() for comment in re.finditer(rb"#[^\r\n]*", content))
 
 
 def _strip_count(content: bytes) -> int:

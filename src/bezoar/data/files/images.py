@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import threading
 import warnings
@@ -54,6 +55,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the tag of EXIF
 LONG = 4  # a type of EXIF: 32 bits
 RAW_PROFILE = "Raw profile type exif"  # ImageMagick's EXIF of a PNG, in hexadecimal digits
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)(\d)')
 # What turns a picture upright, by its orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,7 +78,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
 
     The largest centred square is resized bicubically with antialiasing. A JPEG at least twice as
     large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`). Pictures
-    are turned as their EXIF says, 16 bits become 8, and transparency is ignored.
+    are turned as their EXIF or XMP says, 16 bits become 8, and transparency is ignored.
 
     Args:
         image: the encoded image, or its file.
@@ -204,22 +206,29 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def turn_upright(picture: Image.Image, encoded: Image.Image) -> Image.Image:
-    """Turn a picture as the EXIF of its file says that it lies."""
-    turn = TURNS.get(_read_orientation(encoded))
+    """Turn a picture as its file says that it lies: in EXIF, or else in XMP."""
+    orientation = _read_exif_orientation(encoded)
+    xmp = encoded.info.get("xmp")
+    if orientation is None and isinstance(xmp, bytes) and (stated := XMP_ORIENTATION.search(xmp)):
+        orientation = int(stated[1])
+    turn = TURNS.get(orientation or 1)
     return picture if turn is None else picture.transpose(turn)
 
 
-def _read_orientation(picture: Image.Image) -> int:
-    """Read how EXIF says that a picture lies; 1 (upright) if it says nothing that can be read.
+def _read_exif_orientation(picture: Image.Image) -> int | None:
+    """Read how EXIF says that a picture lies; None if it says nothing that can be read.
 
-    Pillow's own reader parses every tag, and prints warnings of those that are broken.
+    Pillow's own reader parses every tag, and prints warnings of those that are broken. It has turned
+    a TIFF already, and forgotten how that lay.
     """
+    if isinstance(picture, TiffImageFile):
+        return picture.getexif().get(ORIENTATION)
     try:
         exif = picture.info.get("exif")
         if isinstance(profile := picture.info.get(RAW_PROFILE), str) and exif is None:
             exif = bytes.fromhex("".join(profile.split("\n")[3:]))
         if not isinstance(exif, bytes):
-            return 1
+            return None
         exif = exif.removeprefix(b"Exif\0\0")
         order = ">" if exif.startswith(b"MM") else "<"
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
@@ -231,7 +240,7 @@ def _read_orientation(picture: Image.Image) -> int:
                 return int(value[0])
     except (struct.error, ValueError):
         pass
-    return 1
+    return None
 
 
 def name_format(content: bytes, formats: Sequence[str] = FORMATS) -> str:

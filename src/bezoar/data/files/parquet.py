@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
+from bezoar.data.files import arrow_stream
 from bezoar.data.files.parquet_process import BATCH_ROWS
 from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
@@ -57,6 +58,8 @@ def read_header(path: Path) -> ParquetHeader:
     cannot hold, or a row group would fill the memory.
     """
     path = check_regular(path).absolute()
+    if path.suffix == arrow_stream.SUFFIX:
+        arrow_stream.refuse_selection(path)
     status = path.stat()
     return _ask_header(path, (status.st_size, status.st_mtime_ns))
 

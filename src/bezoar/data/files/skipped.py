@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+NAMED = 1 << 14  # records that a report names; it counts all
+LISTED = 1000  # of them, how many stand in a manifest
 
 
 class Unreadable(Exception):
@@ -31,32 +34,59 @@ class Skipped(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """How many records were read, and everything that was not; it grows while a source is read.
+    """How many records were read, and what was not; it grows while a source is read.
 
     Attributes:
         read: how many records.
-        skipped: what was not read.
-        renamed: records that were read, under another id than their own, which another has.
+        skipped: the first of what was not read.
+        renamed: the first records that were read under another id than their own, which another has.
+        reasons: how often each reason stands among all that was not read, its details left out.
+        doubles: how many records were renamed.
     """
 
     read: int = 0
     skipped: list[Skipped] = field(default_factory=list)
     renamed: list[Skipped] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    doubles: int = 0
+
+    def leave_out(self, skipped: Skipped) -> None:
+        """Take down what was not read."""
+        self.reasons[skipped.reason.partition(":")[0]] += 1
+        if len(self.skipped) < NAMED:
+            self.skipped.append(skipped)
+
+    def rename(self, renamed: Skipped) -> None:
+        """Take down a record that was read under another id."""
+        self.doubles += 1
+        if len(self.renamed) < NAMED:
+            self.renamed.append(renamed)
 
     def __str__(self) -> str:
         """Summarise in one line: `998 read, 2 skipped (1 no caption, 1 not decodable)`."""
-        reasons = Counter(s.reason.partition(":")[0] for s in self.skipped)
-        counts = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        text = f"{self.read} read, {len(self.skipped)} skipped" + (f" ({counts})" if counts else "")
-        if self.renamed:
-            text += f", {len(self.renamed)} under another id, since theirs is repeated"
+        counts = ", ".join(f"{n} {reason}" for reason, n in self.reasons.most_common())
+        text = f"{self.read} read, {self.reasons.total()} skipped" + f" ({counts})" * bool(counts)
+        if self.doubles:
+            text += f", {self.doubles} under another id, since theirs is repeated"
         return text
+
+    def notes(self) -> dict[str, Any]:
+        """For a manifest: how many records were read, and the first of what was not."""
+        notes: dict[str, Any] = {
+            "read": self.read,
+            "skipped": list(map(list, self.skipped[:LISTED])),
+        }
+        if self.doubles:
+            notes["renamed"] = self.doubles
+        return notes
 
     def merge(self, others: Iterable[ReadReport]) -> ReadReport:
         """Return the sum of this report and others."""
         reports = [self, *others]
         return ReadReport(
             sum(r.read for r in reports),
-            [s for r in reports for s in r.skipped],
-            [s for r in reports for s in r.renamed],
+            [s for r in reports for s in r.skipped][:NAMED],
+            [s for r in reports for s in r.renamed][:NAMED],
+            sum((r.reasons for r in reports), Counter()),
+            sum(r.doubles for r in reports),
         )

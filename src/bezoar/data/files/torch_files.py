@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import sys
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from bezoar.data.files.zips import open_zip
 from bezoar.errors import UserError, first_line
 
 MAX_PICKLE_BYTES = 16 << 20  # of the part of a file that says what its tensors are
+MAX_NAMES = 4  # of tied weights: the words of a T5 are shared, in both of its parts and in the head
 PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
@@ -62,7 +64,7 @@ def load_torch(
     Args:
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
-        max_bytes: what a tensor may reach over and, twice, what all may hold together.
+        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold together.
         select: takes the named tensors out of what was loaded; it raises UserError for anything
             else.
 
@@ -86,14 +88,14 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over twice as many."""
+    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as many."""
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         elements = int(tensor.storage_offset()) + last + 1 if tensor.numel() else 0
         reach = elements * tensor.element_size()
         total += tensor.numel() * tensor.element_size()
-        if max(reach, total // 2) > max_bytes:  # tied weights may be named twice
+        if max(reach, total // MAX_NAMES) > max_bytes:
             raise UserError(f"{key} claims {max(reach, total)} bytes of a file of {max_bytes}")
 
 
@@ -197,6 +199,10 @@ def _read_zip_pickle(file: Path | bytes) -> bytes:
             raise UserError(
                 "expected tensors alone; it is a TorchScript program. Nothing was executed"
             )
+        orders = [m for m in members if m.filename.rpartition("/")[2] == "byteorder"]
+        if any(archive.open(m).read(10) != sys.byteorder.encode() for m in orders):
+            # torch would swap the bytes in the mapped file, and end the process.
+            raise UserError("its numbers have another order of bytes than this machine's")
         compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
         if compressed or pickles[0].file_size > MAX_PICKLE_BYTES:
             contents = format_keys(compressed) or f"{pickles[0].file_size >> 20} MiB of opcodes"

@@ -208,18 +208,16 @@ class ShardSource(RecordStream):
 
     def _read_shard(self, shard: int, names: ClassNames) -> Iterator[Record | Skipped]:
         count = 0
-        first_problem: list[Skipped] = []
+        problems = ReadReport()
         for group in read_groups(self.paths[shard]):
             item = group if isinstance(group, Skipped) else self._make_record(group, shard, names)
             if isinstance(item, Record):
                 count += 1
-            elif not first_problem:
-                first_problem.append(item)
+            else:
+                problems.leave_out(item)
             yield item
         if not count:
-            raise UserError(
-                describe_failure(str(self.paths[shard]), ReadReport(skipped=first_problem))
-            )
+            raise UserError(describe_failure(str(self.paths[shard]), problems))
 
     def _make_record(self, group: Group, shard: int, names: ClassNames) -> Record | Skipped:
         """Make a record, or return why there is none."""

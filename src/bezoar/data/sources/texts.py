@@ -83,7 +83,7 @@ class Texts:
             text = cell_text(cell).strip() if isinstance(cell, str | bytes) else ""
             if isinstance(row, str) or not text or not is_unicode(text):
                 reason = row if isinstance(row, str) else "text is not UTF-8" if text else "no text"
-                report.skipped.append(Skipped(self.path, f"row {number}", reason))
+                report.leave_out(Skipped(self.path, f"row {number}", reason))
                 continue
             label = cell_text(row.get(label_column)) if label_column else ""
             value = label.strip()[:MAX_LABEL]

@@ -73,7 +73,7 @@ class Wordnet:
                 continue
             record = _parse_line(line)
             if record is None:
-                report.skipped.append(Skipped(self.path, f"line {number}", "no definition"))
+                report.leave_out(Skipped(self.path, f"line {number}", "no definition"))
             elif SUPERSENSES[record[1]] in self.classes:
                 records.append(record)
         if not records:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from bezoar.data.blocks import blocks
 from bezoar.data.distinct_ids import DistinctIds, describe_renaming
 from bezoar.data.files.paths import printable
+from bezoar.data.files.skipped import LISTED, ReadReport, Skipped
 from bezoar.data.files.writing import remove_folder, write_whole
 from bezoar.data.source import TEXT_COLUMNS, Unit
 from bezoar.data.stored_pairs import PLACE
@@ -26,25 +27,21 @@ from bezoar.errors import UserError
 
 DONE = "done.json"  # the last file of a corpus
 SKIPPED = "skipped.jsonl"  # what was not read, or renamed: [file, member, reason] a line
-LISTED = 1000  # of it, how much stands in the manifest
 ROWS = 1 << 16  # rows copied at a time
 NUMBERED = r"~\d+$"  # how an id ends that a record got because its own was taken
 
 
 @dataclass
 class UnreadLog:
-    """What could not be read: all of it in a file, counts by reason, and the first of it."""
+    """What could not be read: in a file what units name of it, and a report."""
 
     file: IO[str]
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[tuple[str, ...]] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
 
     def add(self, file: str, member: str, reason: str) -> None:
         """Take down one more."""
         self.write_line(file, member, reason)
-        self.reasons[reason.partition(":")[0]] += 1
-        if len(self.first) < LISTED:
-            self.first.append((file, member, reason))
+        self.report.leave_out(Skipped(file, member, reason))
 
     def write_line(self, file: str, member: str, reason: str) -> None:
         """Write a line that does not count as unread."""
@@ -52,9 +49,9 @@ class UnreadLog:
 
     def describe(self) -> str:
         """Name the first of what was not read, and how many more there are."""
-        file, *rest = self.first[0] if self.first else ("there is none",)
+        file, *rest = next(iter(self.report.skipped), ("there is none",))
         words = rest if any(text.startswith(file) for text in rest) else [file, *rest]
-        count = self.reasons.total()
+        count = self.report.reasons.total()
         more = f"; and {count - 1} more" if count > 1 else ""
         return printable(" ".join(filter(None, words))) + more
 
@@ -98,16 +95,16 @@ def assemble(todo: Sequence[Unit], folder: Path, skipped: Path) -> None:
         fitting = [s for s in summaries if s["images"] == width]
         text_widths = {s["texts"] for s in fitting if s["read"]}
         texts = text_widths.pop() if len(text_widths) == 1 else 0
-        renamed = sum(len(s.get("renamed", ())) for s in summaries)
+        renamed = sum(s["doubles"] for s in summaries)
         new_ids = _rename_doubles(lambda: _read_ids(usable, folder))
         has_captions = _join(usable, folder, width, texts, new_ids, unread)
     if not skipped.stat().st_size:
         skipped.unlink()
     done = {
         "read": sum(s["read"] for s in fitting),
-        "skipped": unread.first,
-        "unread": unread.reasons.total(),
-        "reasons": dict(unread.reasons.most_common()),
+        "skipped": unread.report.skipped[:LISTED],
+        "unread": unread.report.reasons.total(),
+        "reasons": dict(unread.report.reasons.most_common()),
         "doubles": renamed + len(new_ids),
         "texts": bool(texts),
         "captions": has_captions,
@@ -130,10 +127,15 @@ def _read_summary(unit: Unit, folder: Path, unread: UnreadLog) -> dict[str, Any]
     """Return what a unit's last file says, without what could not be read, which is taken down."""
     summary = units.read_summary(folder, unit)
     assert summary is not None
-    for entry in summary.pop("skipped"):
-        unread.add(*entry)
-    for entry in summary.get("renamed", ()):
+    unnamed = Counter(summary.pop("reasons"))
+    for file, member, reason in summary.pop("skipped"):
+        unread.add(file, member, reason)
+        unnamed[reason.partition(":")[0]] -= 1
+    for entry in summary.pop("renamed"):
         unread.write_line(*entry)
+    for reason, count in (+unnamed).items():
+        unread.report.reasons[reason] += count
+        unread.write_line(unit.file, "", f"{count} more: {reason}")
     return summary
 
 

@@ -71,8 +71,10 @@ def read_summary(folder: Path, unit: Unit) -> dict[str, Any] | None:
     return read_facts(path) if path.exists() else None
 
 
-def write_summary(folder: Path, unit: Unit, summary: dict[str, Any]) -> None:
+def write_summary(folder: Path, unit: Unit, report: ReadReport, facts: dict[str, Any]) -> None:
     """Write a unit's last file, with which it is whole."""
+    names = ("skipped", "reasons", "renamed", "doubles")
+    summary = {name: getattr(report, name) for name in names} | facts
     write_whole(unit_path(folder, unit, "json"), json.dumps(summary))
 
 
@@ -127,17 +129,14 @@ def embed_unit(
             table.write_table(pa.table(vectors.columns, COLUMNS))
             count += len(vectors.images)
             report_progress(block.done)
-    summary = {"read": count, "skipped": report.skipped, "state": stamp, **widths}
-    if report.renamed:
-        summary["renamed"] = report.renamed
-    write_summary(folder, unit, summary)
+    write_summary(folder, unit, report, {"read": count, "state": stamp, **widths})
 
 
 def refuse_unit(unit: Unit, folder: Path, reason: str) -> None:
     """Set a whole unit aside."""
-    skipped = [(unit.file, "", reason)]
-    summary = {"read": 0, "skipped": skipped, "state": None, "images": 0, "texts": 0}
-    write_summary(folder, unit, summary)
+    report = ReadReport()
+    report.leave_out(Skipped(unit.file, "", reason))
+    write_summary(folder, unit, report, {"read": 0, "state": None, "images": 0, "texts": 0})
 
 
 @torch.inference_mode()
@@ -179,7 +178,7 @@ def _select_usable(block: VectorBlock, unit: Unit, report: ReadReport) -> Vector
         members = arrays["member"].to_pylist()
         for i in np.flatnonzero(reasons != "").tolist():
             name = ascii(members[i] or ids[i])[1:-1][:MAX_ID_LENGTH]
-            report.skipped.append(Skipped(unit.file, name, reasons[i]))
+            report.leave_out(Skipped(unit.file, name, reasons[i]))
         arrays = {name: array.take(pa.array(usable)) for name, array in arrays.items()}
     unit_vectors = {
         whose: _normalise(z[usable], lengths[whose][usable, None]) for whose, z in vectors.items()

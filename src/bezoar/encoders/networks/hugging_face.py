@@ -59,7 +59,7 @@ class HuggingFace(Network):
             "transformers": _open_transformers,
         }
         encoder, what, left_out = open_by[folder.library](folder)
-        preprocess, assumed = folder.preprocess(encoder.preprocess)
+        preprocess, assumed, cuts = folder.preprocess(encoder.preprocess)
         usual = encoder.preprocess.size
         try:
             small_towers.check_input_size(encoder.image, preprocess.size, self.path)
@@ -75,7 +75,7 @@ class HuggingFace(Network):
             "file": folder.path.name,
             "layout": folder.library,
             "what": what,
-            "left_out": left_out,
+            "left_out": left_out + cuts,
             "assumed": assumed,
         }
         return encoder
@@ -117,7 +117,7 @@ def _open_timm(folder: PretrainedFolder) -> filling.Filled:
 
 
 def _open_transformers(folder: PretrainedFolder) -> filling.Filled:
-    stated, _ = folder.preprocess(Preprocess(0))
+    stated, _, _ = folder.preprocess(Preprocess(0))
     translation = transformers_weights.translate(
         folder.config, folder.load_tensors(), stated.size, str(folder.path)
     )
