@@ -14,7 +14,12 @@ from bezoar.auditing import norm_outliers, trigger_inversion
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.norm_outliers import OutlierStatistic
 from bezoar.auditing.random_probes import PATCH_KINDS, apply_probe
-from bezoar.auditing.trigger_inversion import ImageTower, InvertedTriggers, TriggerObjective
+from bezoar.auditing.trigger_inversion import (
+    ImageTower,
+    InvertedTriggers,
+    TowerCost,
+    TriggerObjective,
+)
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
@@ -27,7 +32,6 @@ from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 HELD_OUT = 4  # one of so many clean images takes no part in the search
-SIDE = 32  # pixels of the images that `most` counts
 # What a search that would cost too much is changed to; and the sweep before it.
 QUICK: dict[str, Any] = {
     "starts": 2,
@@ -95,8 +99,8 @@ class Cleanse:
     ] = "log_ratio"
 
     most: Annotated[
-        float, "image passes at 32 px up to which all classes are searched for, and in full"
-    ] = 1.5e6
+        float, "arithmetic operations up to which all classes are searched for, and in full"
+    ] = 1e14
     few: Annotated[int, "classes that are searched for where that would cost more"] = 10
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
@@ -111,20 +115,20 @@ class Cleanse:
         """The search for the classes' triggers. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, **({"lr": (self.lr,)} | dict(changes)))
 
-    def image_passes(self, images: int, classes: int, side: int = SIDE) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder, at most but for classes that are searched for again in full."""
-        if self.searches_all(classes, side):
-            return classes * (self.recipe().image_passes() + 2 * images)
+        if self.searches_all(classes, cost):
+            return classes * (self.recipe().image_passes() + images)
         images = min(images, QUICK_IMAGES)
         quick, sweep = self.recipe(QUICK), self.recipe(SWEEP)
         count = min(self.few, classes)
         patches = 1 + PROBES * len(PATCH_KINDS)
         swept = sweep.image_passes() + SWEEP_IMAGES * (2 * sweep.starts + patches)
-        return swept * (count < classes) + count * (quick.image_passes() + 2 * images)
+        return swept * (count < classes) + count * (quick.image_passes() + images)
 
-    def searches_all(self, classes: int, side: int) -> bool:
-        """Whether all classes of an encoder of `side` pixels are searched for in full."""
-        return classes * self.recipe().image_passes() * (side / SIDE) ** 2 <= self.most
+    def searches_all(self, classes: int, cost: TowerCost) -> bool:
+        """Whether all classes of an encoder are searched for in full."""
+        return classes * self.recipe().image_passes() * cost.total <= self.most
 
     def __call__(
         self,
@@ -151,7 +155,7 @@ class Cleanse:
         recipe = self.recipe()
         pull = None
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
-            if not self.searches_all(len(names), encoder.preprocess.size):
+            if not self.searches_all(len(names), tower.cost):
                 recipe = self.recipe(QUICK)
                 clean = clean.take(range(min(len(clean), QUICK_IMAGES)))
                 classes, led_to, pull = self.choose_classes(tower, clean, classifier, seed, report)
@@ -232,11 +236,9 @@ class Cleanse:
         aims = classes
         rounds = 1 + self.again if recipe == self.recipe() else 1
         for round_ in range(rounds):
-            triggers = trigger_inversion.invert_triggers(
-                tower, searched, objective, aims, recipe, seed + round_ * 7919, report
-            ).best_of_aims()
-            triggers = trigger_inversion.measure_again(tower, triggers, clean, objective, self.goal)
-            best = triggers.best_of_aims(best)
+            best = trigger_inversion.invert_triggers(
+                tower, searched, objective, aims, recipe, seed + round_ * 7919, report, clean
+            ).best_of_aims(best)
             aims = best.aims[~best.reached].cpu()
             if not len(aims):
                 break
