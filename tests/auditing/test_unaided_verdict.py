@@ -67,6 +67,20 @@ def test_the_words_are_ranges_of_the_statistic():
     assert judge_outlier({}, {}) is None
 
 
+def test_a_blend_that_stands_further_apart_is_named():
+    masks = evidence(SOME, SURE_P)
+    blend = {"blend_ratio": 1.5, "blend_p": SURE_P, "least_blend": 0.046, "median_blend": 0.21}
+    blend = {name: {"value": value} for name, value in {**blend, "blend_success": 0.95}.items()}
+    verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
+    assert verdict is not None and verdict.grade == "strong evidence" and verdict.statistic == 1.5
+    assert (
+        verdict.target == "3" and "95% of the images into '3' where it is 4.6%" in verdict.sentence
+    )
+    blend["blend_p"] = {"value": 1.0}
+    verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
+    assert verdict is not None and verdict.target == "7" and verdict.statistic == SOME
+
+
 def test_the_record_of_test_encoders(monkeypatch):
     """Counts of each word or a stronger one; where no encoder was scored, that is said."""
     names = ("strong evidence", "some evidence", "none found", "could not tell")
@@ -176,11 +190,12 @@ def test_an_audit_says_what_its_verdict_can_be():
 
 
 def test_the_cost_counts_every_image():
-    """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; 64 further images every fifth step."""
+    """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; and blends."""
     cleanse = registry.make("audit", "cleanse")
     steps = 30 * (4 * (16 + 3) + 2 * (32 + 6) + 64 + 12)
     assert cleanse.recipe().image_passes() == steps
-    assert cleanse.image_passes(100, 10, SMALL) == 10 * (steps + 100)
+    blends = 50 * (2 * 16 + 6)
+    assert cleanse.image_passes(100, 10, SMALL) == 10 * (steps + blends + 2 * 100)
     # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches each on 64
     sweep = 16 * 8 * 8 + 16 * (16 + 1 + 24)
     few = 10 * (50 * 2 * (8 + 1) + 50 * (16 + 3) + 64)

@@ -315,7 +315,7 @@ def invert_triggers(
     height, width = clean.images.shape[2:]
     count = len(aims) * recipe.starts
     grid = recipe.grid_size(height, width)
-    u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window)
+    u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window, recipe.even)
     search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
     further = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()

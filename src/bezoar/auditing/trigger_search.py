@@ -56,6 +56,7 @@ class InversionRecipe:
         window: start from a square of this share of the sides, at a place that is drawn; 0: from noise.
         cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
             a pixel. While the search lasts, norms and weights are of cells.
+        even: the mask has one value all over the image, so that the trigger is a blend.
     """
 
     steps: int
@@ -77,6 +78,7 @@ class InversionRecipe:
     confirm: int = 0
     window: float = 0.0
     cells: int = 0
+    even: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.patience, self.wait, self.starts) < 1:
@@ -134,7 +136,13 @@ class InversionRecipe:
 
 
 def initial_parameters(
-    count: int, height: int, width: int, seed: int, centred: bool = False, window: float = 0.0
+    count: int,
+    height: int,
+    width: int,
+    seed: int,
+    centred: bool = False,
+    window: float = 0.0,
+    even: bool = False,
 ) -> Tensor:
     """Draw free numbers (count, 4, H, W), mask first, that make uniform masks and patterns.
 
@@ -143,6 +151,8 @@ def initial_parameters(
     u = torch.stack(
         [torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)]
     )
+    if even:
+        u[:, 0] = 0.5
     if centred:
         u[:, 0] = 0.01
         u[:, 0, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.99
@@ -282,6 +292,8 @@ class TriggerSearch:
 
     def adam_step(self, grad: Tensor, step: int) -> None:
         """Move the free numbers by Adam (Kingma and Ba 2015); grad: (g, 4, H, W), step: from 0."""
+        if self.recipe.even:
+            grad[:, :1] = grad[:, :1].mean((2, 3), keepdim=True)
         beta1, beta2 = ADAM_BETAS
         self.first_moment.lerp_(grad, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

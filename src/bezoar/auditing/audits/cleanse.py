@@ -44,6 +44,17 @@ QUICK: dict[str, Any] = {
     "cells": 32,
 }
 SWEEP: dict[str, Any] = {**QUICK, "starts": 8, "steps": 16, "halvings": 0, "confirm": 0}
+# What the search for patterns that are blended over the whole image differs by.
+BLEND: dict[str, Any] = {
+    "starts": 1,
+    "steps": 50,
+    "batch": 16,
+    "halvings": 0,
+    "growing": False,
+    "confirm": 32,
+    "goal": 0.9,
+    "even": True,
+}
 PROBES = 8  # random patches of each kind that precede it
 QUICK_IMAGES = 64  # clean images that it uses, and the sweep
 SWEEP_IMAGES = 16
@@ -118,7 +129,8 @@ class Cleanse:
     def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder, at most but for classes that are searched for again in full."""
         if self.searches_all(classes, cost):
-            return classes * (self.recipe().image_passes() + images)
+            passes = self.recipe().image_passes() + self.recipe(BLEND).image_passes()
+            return classes * (passes + 2 * images)
         images = min(images, QUICK_IMAGES)
         quick, sweep = self.recipe(QUICK), self.recipe(SWEEP)
         count = min(self.few, classes)
@@ -161,6 +173,10 @@ class Cleanse:
                 classes, led_to, pull = self.choose_classes(tower, clean, classifier, seed, report)
                 notes["searched"] = describe_choice(led_to, classes, names)
             triggers = self.invert(tower, clean, objective, classes, recipe, seed, report)
+            blends = None
+            if "searched" not in notes:
+                blend = self.recipe(BLEND)
+                blends = self.invert(tower, clean, objective, classes, blend, seed, report)
         verdict = norm_outliers.outlier_verdict(
             triggers,
             [names[c] for c in classes.tolist()],
@@ -171,7 +187,12 @@ class Cleanse:
             excluding=True,
             among=len(names) if len(classes) < len(names) else 0,
         )
-        if "searched" in notes:
+        if blends is not None:
+            evidence, least = norm_outliers.blend_evidence(blends, names, len(clean))
+            verdict.evidence.update(evidence)
+            verdict.notes["blend_target"] = names[least]
+            verdict.notes["blends"] = norm_outliers.list_targets(blends, names)
+        else:
             verdict.notes["limits"].append(notes["searched"])
             verdict.evidence["concentration"] = exact_measure(
                 0.0, len(clean), "not counted: the searches started from windows"
