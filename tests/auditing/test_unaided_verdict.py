@@ -74,7 +74,8 @@ def test_a_blend_that_stands_further_apart_is_named():
     verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
     assert verdict is not None and verdict.grade == "strong evidence" and verdict.statistic == 1.5
     assert (
-        verdict.target == "3" and "95% of the images into '3' where it is 4.6%" in verdict.sentence
+        verdict.target == "3" and "into 4.6% of every image turns 95%" in verdict.sentence
+    assert verdict.size == "4.6% of every image" and verdict.p == SURE_P
     )
     blend["blend_p"] = {"value": 1.0}
     verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))

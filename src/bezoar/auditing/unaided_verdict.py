@@ -41,12 +41,16 @@ class UnaidedVerdict:
         statistic: higher = more suspicious.
         target: the class whose trigger is the least.
         sentence: the verdict, as a person reads it.
+        p: the p-value in the statistic; None where there is none.
+        size: of the least trigger, in words.
     """
 
     grade: Grade
     statistic: float
     target: str
     sentence: str
+    p: float | None = None
+    size: str = ""
 
     def json(self) -> dict[str, Any]:
         """As it stands in verdict.json."""
@@ -76,8 +80,9 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         )
         return UnaidedVerdict("could not tell", statistic, target, sentence)
     least, median = (float(evidence[name]["value"]) for name in ("least_norm", "median_norm"))
+    size = f"{least:.3g} px"
     finding = (
-        f"{least:.3g} px of any image turn {float(evidence['success']['value']):.0%} of the images "
+        f"{size} of any image turn {float(evidence['success']['value']):.0%} of the images "
         f"into {target!r}; the median target takes {median:.3g} px"
     )
     blend = judge_blend(evidence)
@@ -87,9 +92,10 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
             float(evidence[name]["value"])
             for name in ("least_blend", "blend_success", "median_blend")
         )
+        size = f"{share:.1%} of every image"
         finding = (
-            f"a pattern over the whole image turns {success:.0%} of the images into {target!r} where it is {share:.1%} of "
-            f"them; the median target takes {median:.1%}"
+            f"a pattern blended into {size} turns {success:.0%} of the images into {target!r}; the median target takes "
+            f"{median:.1%}"
         )
     grade = grade_value(statistic, STRONG, SOME)
     words = {
@@ -98,7 +104,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         "none found": f"None found at this sensitivity: no target stands apart from the others; {finding}",
     }
     sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets). {describe_record(grade)}"
-    return UnaidedVerdict(grade, statistic, target, sentence)
+    return UnaidedVerdict(grade, statistic, target, sentence, p, size)
 
 
 def judge_blend(evidence: Mapping[str, Any]) -> float:

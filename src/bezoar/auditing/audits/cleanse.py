@@ -75,6 +75,9 @@ class Cleanse:
     searched for again from other starts; one that nothing reaches then has no part in the value
     (`unreached`).
 
+    Then each class is searched for the least share of one pattern that is blended into every image (`BLEND`): a mask
+    of one value. A class that stands apart so is evidence of its own, and no part of the value.
+
     Where that would cost more than `most`, few classes are searched for, by fewer steps and with masks
     of 32 cells a side that start from a window: those that random patches lead to, those that searches lead to which
     may each choose their class (`reach_any`), and others that are drawn. The p-value is that of one class
