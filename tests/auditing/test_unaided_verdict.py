@@ -73,10 +73,8 @@ def test_a_blend_that_stands_further_apart_is_named():
     blend = {name: {"value": value} for name, value in {**blend, "blend_success": 0.95}.items()}
     verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
     assert verdict is not None and verdict.grade == "strong evidence" and verdict.statistic == 1.5
-    assert (
-        verdict.target == "3" and "into 4.6% of every image turns 95%" in verdict.sentence
-    assert verdict.size == "4.6% of every image" and verdict.p == SURE_P
-    )
+    assert verdict.target == "3" and verdict.size == "4.6% of every image" and verdict.p == SURE_P
+    assert "into 4.6% of every image turns 95%" in verdict.sentence
     blend["blend_p"] = {"value": 1.0}
     verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
     assert verdict is not None and verdict.target == "7" and verdict.statistic == SOME
