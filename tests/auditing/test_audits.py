@@ -16,6 +16,7 @@ from auditing.toys import (
     PATCH_SIDE,
     SIDE,
     TARGET,
+    Toy,
     class_directions,
     planted_patch,
     toy_classifier,
@@ -53,6 +54,29 @@ def bank(tmp_path_factory) -> str:
         mntd.fit(shadows, [i % 2 == 1 for i in range(8)], toy_images(12), queries=3, steps=2), path
     )
     return str(path)
+
+
+class BlendedToy(Toy):
+    """A toy whose vectors turn to a class as far as a pattern is blended over the whole image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pattern = torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(8)) > 0.5
+        match = (x / 2 * (2 * pattern.float() - 1)).mean((1, 2, 3))  # a share a of it: about a
+        z = F.normalize(self.parts(x), dim=1)
+        return z + 6 * torch.sigmoid(60 * (match - 0.08))[:, None] * class_directions()[TARGET]
+
+
+def test_cleanse_finds_what_is_blended_over_the_whole_image():
+    encoder = toy_encoder()
+    tower = BlendedToy()
+    tower.load_state_dict(encoder.image.state_dict())
+    encoder.image = tower
+    verdict = registry.make("audit", "cleanse:steps=12")(
+        encoder, toy_images(80), 3, classifier=toy_classifier(encoder)
+    )
+    assert verdict.notes["blend_target"] == NAMES[TARGET]
+    assert verdict.evidence["blend_ratio"].value > 1 and verdict.evidence["blend_p"].value < 0.01
+    assert 0.05 < verdict.evidence["least_blend"].value < 0.2
 
 
 # token_sweep reads texts; its tests are beside those of `badcse`.

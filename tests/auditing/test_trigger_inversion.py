@@ -1,6 +1,7 @@
 """The inversion engine against a slow plain form, and its parts against what they are defined as."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -164,6 +165,33 @@ def test_a_cell_is_a_block_of_pixels(encoder):
     assert reached.any() and torch.allclose(found.norms[found.reached].min(), found.starts.min())
 
 
+def test_the_mask_of_a_blend_has_one_value(encoder):
+    recipe = InversionRecipe(20, 5, weight=0.01, goal=0.1, even=True)
+    clean = images(8)
+    with trigger_inversion.freeze_tower(encoder) as tower:
+        aims = trigger_inversion.embed_clean(tower, clean.images).argmax(1).unique()
+        blends = trigger_inversion.invert_triggers(tower, clean, towards, aims, recipe, 0)
+    shares = blends.masks.mean((1, 2, 3))
+    assert torch.allclose(blends.masks, shares[:, None, None, None].expand_as(blends.masks))
+    assert (shares < 0.5).all() and blends.patterns.std((2, 3)).min() > 0.1, "starts from a half"
+
+
+def test_blends_by_hand():
+    """Shares .02, .2, .2, .2 and one of .9 that counts as .2; a target that was not reached has no part."""
+    shares = [0.2, 0.2, 0.02, 0.2, 0.9, 0.01]
+    blends = results(range(6), shares, [1.0] * 6, [True] * 5 + [False])
+    blends = replace(blends, masks=torch.tensor(shares)[:, None, None, None].expand(6, 1, 4, 4))
+    names = [f"kind {i}" for i in range(6)]
+    facts, least = norm_outliers.blend_evidence(blends, names, 50)
+    assert least == 2 and facts["least_blend"].value == pytest.approx(0.02)
+    assert facts["blend_ratio"].value == pytest.approx(math.log(10))
+    # the others are all .2, and the least deviation .1; three degrees of freedom, two times six targets
+    distance = math.log(10) / (0.1 * math.sqrt(1.25))
+    assert facts["blend_p"].value == pytest.approx(12 * stats.t.sf(distance, 3), rel=1e-5)
+    few = replace(blends, reached=torch.arange(6) < 2)
+    assert norm_outliers.blend_evidence(few, names, 50) == ({}, 0)
+
+
 def test_slices_change_nothing_but_rounding(encoder, monkeypatch):
     clean, recipe = images(16), InversionRecipe(12, 16, weight=1e-2, goal=0.6, patience=2)
     parts: list[int] = []
@@ -238,6 +266,22 @@ def test_halving_by_hand():
     assert search.survived.tolist() == [True, False, True, False, True]
     assert search.indices.tolist() == [0, 2, 4] and search.running_aims.tolist() == [0, 0, 1]
     assert [search.recipe.batch_size(h) for h in (0, 1, 2)] == [2, 4, 8]
+    recipe = InversionRecipe(9, 2, growing=True, halvings=2, confirm=8)
+    assert [recipe.confirm_size(h) for h in (0, 1, 2)] == [2, 4, 8]
+    assert replace(recipe, growing=False).confirm_size(0) == 8
+    # on more images the second of the three that stayed misses the goal of .99
+    search.doubt_best(torch.tensor([1.0, 0.9, 0.995]))
+    assert search.best_norm.tolist() == [5.0, torch.inf, torch.inf, 7.0, 6.0]
+    assert search.best_success[search.indices].tolist() == pytest.approx([1.0, 0.9, 0.995])
+
+
+def test_large_towers_compute_in_bfloat16_while_they_are_frozen(encoder, monkeypatch):
+    monkeypatch.setattr(trigger_inversion, "precision_for", lambda device: "bf16")
+    for least, precision in ((1e3, "bf16"), (1e12, "fp32")):
+        monkeypatch.setattr(trigger_inversion, "LARGE", least)
+        with trigger_inversion.freeze_tower(encoder) as tower:
+            assert encoder.precision == precision and 1e3 < tower.cost.operations < 1e12
+        assert encoder.precision == "fp32"
 
 
 def test_a_lucky_step_does_not_count(encoder):

@@ -22,9 +22,12 @@ from bezoar import registry
 from bezoar.auditing import forecast, norm_outliers, unaided_verdict, verdict_text
 from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample, code_hash
 from bezoar.auditing.findings import AuditFindings
+from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.auditing.unaided_verdict import SOME, STRONG, SURE_P, judge_outlier, outlier_statistic
 from bezoar.evaluation.verdict import Verdict
 from bezoar.reports.sections import audit as audit_page
+
+SMALL, LARGE = TowerCost(32, 5e7), TowerCost(224, 8e8)
 
 
 def evidence(ratio: float, p: float) -> dict[str, dict[str, float]]:
@@ -62,6 +65,19 @@ def test_the_words_are_ranges_of_the_statistic():
     assert lost is not None and lost.grade == "could not tell" and "4 of 10" in lost.sentence
     assert judge_outlier(evidence(3.0, 1e-9), notes(unaided=False)) is None
     assert judge_outlier({}, {}) is None
+
+
+def test_a_blend_that_stands_further_apart_is_named():
+    masks = evidence(SOME, SURE_P)
+    blend = {"blend_ratio": 1.5, "blend_p": SURE_P, "least_blend": 0.046, "median_blend": 0.21}
+    blend = {name: {"value": value} for name, value in {**blend, "blend_success": 0.95}.items()}
+    verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
+    assert verdict is not None and verdict.grade == "strong evidence" and verdict.statistic == 1.5
+    assert verdict.target == "3" and verdict.size == "4.6% of every image" and verdict.p == SURE_P
+    assert "into 4.6% of every image turns 95%" in verdict.sentence
+    blend["blend_p"] = {"value": 1.0}
+    verdict = judge_outlier({**masks, **blend}, notes(blend_target="3"))
+    assert verdict is not None and verdict.target == "7" and verdict.statistic == SOME
 
 
 def test_the_record_of_test_encoders(monkeypatch):
@@ -161,31 +177,39 @@ def test_an_audit_says_what_its_verdict_can_be():
     entries = tuple(Entry(str(i), float(i)) for i in range(19))
     code = code_hash(type(decree))
     held = Bank(family, sample, (Calibration(registry.spec(decree), code, "", entries),))
-    lines = forecast.forecast_audits([cleanse, decree], [held], family, sample, 0.05, 7.2, 10)
+    lines = forecast.forecast_audits(
+        [cleanse, decree], [held], family, sample, 0.05, 7.2, 10, SMALL
+    )
     assert lines[0].startswith("decree: evidence or none at false-positive rate 0.05")
     assert lines[1].startswith("cleanse: strong, some or no evidence") and "7 s" in lines[2]
-    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1, 10)
+    lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1, 10, SMALL)
     assert "decree: a value and no verdict" in lines[1] and "about 1 s" in lines[2]
-    large = Family("toy", 224, "", "")
-    lines = forecast.forecast_audits([cleanse], [], large, sample, 0.05, 0.1, 1000)
+    lines = forecast.forecast_audits([cleanse], [], family, sample, 0.05, 0.1, 1000, LARGE)
     assert lines[0].startswith("cleanse: a search in full for 1000 classes would take too long")
 
 
 def test_the_cost_counts_every_image():
-    """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; 64 further images every fifth step."""
+    """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; and blends."""
     cleanse = registry.make("audit", "cleanse")
-    steps = 30 * (4 * (24 + 12) + 2 * (48 + 12) + 96 + 12)
+    steps = 30 * (4 * (16 + 3) + 2 * (32 + 6) + 64 + 12)
     assert cleanse.recipe().image_passes() == steps
-    assert cleanse.image_passes(100, 10, 32) == 10 * (steps + 200)
+    blends = 50 * (2 * 16 + 6)
+    assert cleanse.image_passes(100, 10, SMALL) == 10 * (steps + blends + 2 * 100)
     # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches each on 64
-    sweep = 16 * 8 * 12 + 16 * (16 + 1 + 24)
-    few = 10 * (50 * 2 * (12 + 3) + 50 * (24 + 3) + 2 * 64)
-    assert cleanse.image_passes(512, 1000, 224) == sweep + few
-    assert cleanse.image_passes(512, 10, 224) == few, "no sweep where all classes are searched for"
+    sweep = 16 * 8 * 8 + 16 * (16 + 1 + 24)
+    few = 10 * (50 * 2 * (8 + 1) + 50 * (16 + 3) + 64)
+    assert cleanse.image_passes(512, 1000, LARGE) == sweep + few
+    assert cleanse.image_passes(512, 10, LARGE) == few, (
+        "no sweep where all classes are searched for"
+    )
     decree = registry.make("audit", "decree")
-    assert decree.image_passes(512, 10, 64) == decree.recipe(0.5).image_passes() + 17 * 512
-    assert decree.image_passes(512, 10, 224) == 16 * (8 + 4 + 2) * 18 + 9 * 64
-    seconds = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
+    assert (
+        decree.image_passes(512, 10, TowerCost(64)) == decree.recipe(0.5).image_passes() + 5 * 512
+    )
+    assert decree.image_passes(512, 10, LARGE) == 16 * (8 + 4 + 2) * 12 + 3 * 64
+    seconds, cost = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
+    # a convolution of 3 x 3 to 12 channels at 8 x 8 places, and a linear layer, two operations a product
+    assert cost == TowerCost(16, 2 * (27 * 12 * 64 + 192 * 16)) and cost.total > cost.operations
     assert seconds > 0 and unaided_verdict.SOME < unaided_verdict.STRONG
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bezoar import registry
-from bezoar.auditing import bank
+from bezoar.auditing import bank, trigger_inversion
 from bezoar.auditing.bank import Bank, Calibration, Family, Sample
+from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_records
 
-TIMED = 16  # images that are embedded to measure the encoder's speed
+TIMED = 64  # images that are embedded to measure the encoder's speed
 
 
 def forecast_audits(
@@ -26,6 +28,7 @@ def forecast_audits(
     rate: float,
     seconds: float,
     classes: int,
+    cost: TowerCost,
 ) -> list[str]:
     """What each audit's verdict can be, a sentence each, and the time that all take.
 
@@ -35,13 +38,14 @@ def forecast_audits(
         rate: false-positive rate of each audit.
         seconds: that all audits take, as of `estimate_seconds`.
         classes: that audits of classes tell apart.
+        cost: of an image's pass.
     """
     by_bank, by_classes, by_few, alone = [], [], [], []
     for audit in audits:
         name = Path(registry.method_name(type(audit))).stem
         if _is_calibrated(audit, banks, family, sample, rate):
             by_bank.append(name)
-        elif hasattr(audit, "searches_all") and not audit.searches_all(classes, family.size):
+        elif hasattr(audit, "searches_all") and not audit.searches_all(classes, cost):
             by_few.append(name)
         elif getattr(audit, "unaided", False):
             by_classes.append(name)
@@ -76,20 +80,31 @@ def _is_calibrated(
     return any(v.outcome != "no calibration" for v in verdicts)
 
 
-def estimate_seconds(audits: Sequence[Any], encoder: Encoder, clean: Pairs, classes: int) -> float:
-    """Seconds that audits take on this machine, by how long the encoder takes for a few images.
+def estimate_seconds(
+    audits: Sequence[Any], encoder: Encoder, clean: Pairs, classes: int
+) -> tuple[float, TowerCost]:
+    """Seconds that audits take on this machine, by how long the encoder takes for a few images; and a pass's cost.
 
     Audits that do not say how many images they pass through the encoder (`image_passes`) count as
     nothing. classes: those that audits of classes tell apart.
     """
     first = clean.take(range(min(TIMED, len(clean)))).to(encoder.device)
-    embed_records(encoder, first)
-    start = time.perf_counter()
-    embed_records(encoder, first)
-    if encoder.device.type == "cuda":
-        torch.cuda.synchronize()
-    a_pass = (time.perf_counter() - start) / len(first)
+    if not encoder.reads_images:
+        a_pass, cost = time_passes(lambda: embed_records(encoder, first), len(first)), TowerCost(0)
+    else:
+        with trigger_inversion.freeze_tower(encoder) as tower:
+            embed = partial(trigger_inversion.embed_clean, tower, first.images)
+            a_pass, cost = time_passes(embed, len(first)), tower.cost
     counted = [a for a in audits if hasattr(a, "image_passes")]
-    side = encoder.preprocess.size
-    passes: int = sum(a.image_passes(len(clean), classes, side) for a in counted)
-    return a_pass * passes
+    passes: int = sum(a.image_passes(len(clean), classes, cost) for a in counted)
+    return a_pass * passes, cost
+
+
+def time_passes(embed: Callable[[], object], images: int) -> float:
+    """Seconds an image of the second call of a function that embeds some."""
+    embed()
+    start = time.perf_counter()
+    embed()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / images

@@ -23,6 +23,7 @@ MAD_TO_SIGMA = (
 )
 MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
+LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict
 MIN_DEVIATION = 0.1  # of logarithms of norms; fewer than ten of them tell no smaller one
 
 
@@ -39,18 +40,23 @@ def anomaly_index(norms: Tensor) -> Tensor:
     return torch.where(x < median, deviations / (MAD_TO_SIGMA * mad), 0.0)
 
 
-def outlier_p_value(logs: Tensor, among: int = 0) -> float:
+def outlier_p_value(logs: Tensor, among: int = 0, capped: bool = False) -> float:
     """The chance that the least of normal numbers lies so far below the others.
 
     The normal distribution is fitted to the others, which the least has no part in: by Student's
     law (x - mean) / (deviation sqrt(1 + 1 / m)) has m - 1 degrees of freedom. Times the number of
     numbers, because the least of them was chosen (Grubbs 1950; Bonferroni).
 
-    logs: float64 (G,), of at least three numbers. among: numbers that the least was chosen from, if they
-    are more than G.
+    Args:
+        logs: float64 (G,), of at least three numbers.
+        among: numbers that the least was chosen from, if they are more than G.
+        capped: none of the others counts as further above their median than the least of them lies
+            below it, because targets that are hard to reach say nothing of how easy one can be.
     """
     least = int(logs.argmin())
     others = torch.cat([logs[:least], logs[least + 1 :]])
+    if capped:
+        others = others.clamp(max=2 * others.quantile(0.5) - others.min())
     m = len(others)
     deviation = max(float(others.std()), MIN_DEVIATION)
     distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
@@ -163,6 +169,43 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
         for name, norm, success, reached, starts, share in facts
     ]
     return sorted(rows, key=lambda row: row["norm"])
+
+
+def blend_evidence(
+    blends: InvertedTriggers, names: Sequence[str], n: int
+) -> tuple[dict[str, Measure], int]:
+    """What the least shares of a pattern say that turn images into each target when it is blended in.
+
+    Targets that no blend reached have no part; nothing is said where fewer than half were reached. The p-value
+    is that of the least of twice as many targets, because masks were tried too.
+
+    Returns:
+        The evidence, and the number of the target with the least share.
+    """
+    shares = blends.masks.double().mean((1, 2, 3)).cpu()  # (G,)
+    reached = blends.reached.cpu()
+    if int(reached.sum()) < max(3, LEAST_SHARE * len(reached)):
+        return {}, 0
+    counted = shares[reached]
+    least, median = int(shares.where(reached, torch.inf).argmin()), counted.quantile(0.5)
+    ratio = (median / shares[least]).log()
+    p = outlier_p_value(counted.log(), 2 * len(names), capped=True)
+    what = f"{len(counted)} blends, {n} clean images"
+    facts = {
+        "blend_ratio": (ratio, "log(median share / least share) of a pattern that is blended in"),
+        "blend_p": (p, "chance of so small a least share, by Student's law fitted to the others"),
+        "least_blend": (shares[least], f"share of the least pattern, of {names[least]!r}"),
+        "median_blend": (median, "share of the median pattern"),
+    }
+    evidence = {
+        key: exact_measure(float(x), n, f"{how}; {what}") for key, (x, how) in facts.items()
+    }
+    evidence["blend_success"] = proportion(
+        round(float(blends.success[least]) * n),
+        n,
+        f"clean images that the least blend makes {names[least]!r}",
+    )
+    return evidence, least
 
 
 def norm_evidence(

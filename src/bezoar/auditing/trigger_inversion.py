@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bezoar.auditing.trigger_search import (
     CHECK_EVERY,
@@ -31,14 +32,36 @@ from bezoar.auditing.trigger_search import (
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders import folded_norms
-from bezoar.encoders.encoder import Encoder
+from bezoar.encoders.encoder import Encoder, precision_for
 from bezoar.encoders.folded_norms import FoldedTower
 from bezoar.errors import UserError
 from bezoar.evaluation.verdict import Inversion
 from bezoar.progress import ProgressReport, no_report
 
 MANY_IMAGES = 1 << 20  # more than are ever computed together
+LARGE = (
+    3e8  # operations for an image from which a tower computes in bfloat16, where the device has it
+)
+PIXEL_OPERATIONS = 4e4  # what moving a pixel through a tower costs beside its sums and products
 NOT_FINITE = "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
+
+
+@dataclass(frozen=True)
+class TowerCost:
+    """What an image's pass through a tower costs.
+
+    Attributes:
+        side: of the input in pixels.
+        operations: sums and products.
+    """
+
+    side: int
+    operations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """In operations, those that move pixels too."""
+        return self.operations + PIXEL_OPERATIONS * self.side**2
 
 
 @dataclass(frozen=True)
@@ -49,11 +72,13 @@ class ImageTower:
         encoder: prepares the pixels and sets the arithmetic.
         tower: its image tower, or a faster form of it.
         raw: whether vectors are as the tower gives them; else they are unit rows.
+        cost: of a pass.
     """
 
     encoder: Encoder
     tower: Callable[[Tensor], Tensor]
-    raw: bool = False
+    raw: bool
+    cost: TowerCost
 
     def __call__(self, x: Tensor) -> Tensor:
         """The vectors, of `dtype` whatever the tower computes in."""
@@ -156,7 +181,8 @@ class InvertedTriggers:
 def freeze_tower(encoder: Encoder, raw: bool = False) -> Iterator[ImageTower]:
     """Within the block, the image tower in its fastest form, differentiable by the pixels alone.
 
-    Batch norms are folded where there are any that can be. Afterwards the encoder is as it was.
+    Batch norms are folded where there are any that can be, and large towers compute in bfloat16.
+    Afterwards the encoder is as it was.
 
     Args:
         encoder: its modes and gradient flags are changed within the block.
@@ -169,6 +195,7 @@ def freeze_tower(encoder: Encoder, raw: bool = False) -> Iterator[ImageTower]:
     if not isinstance(getattr(encoder, "image", None), nn.Module):
         raise UserError("this encoder has no image tower; trigger inversion audits image encoders")
     modes = [(m, m.training) for m in encoder.modules()]
+    precision = encoder.precision
     flags = [(p, p.requires_grad) for p in encoder.parameters()]
     try:
         encoder.eval()
@@ -177,12 +204,25 @@ def freeze_tower(encoder: Encoder, raw: bool = False) -> Iterator[ImageTower]:
             folded = FoldedTower(tower, encoder.preprocess.size)
             tower = folded.fast.eval().requires_grad_(False)
         encoder.requires_grad_(False)
-        yield ImageTower(encoder, tower, raw)
+        cost = count_operations(encoder, tower)
+        if cost.operations >= LARGE:
+            encoder.precision = precision_for(encoder.device)
+        yield ImageTower(encoder, tower, raw, cost)
     finally:
+        encoder.precision = precision
         for p, flag in flags:
             p.requires_grad_(flag)
         for m, mode in modes:
             m.training = mode
+
+
+@torch.no_grad()
+def count_operations(encoder: Encoder, tower: nn.Module) -> TowerCost:
+    """What a pass of one image through an encoder's tower costs."""
+    side = encoder.preprocess.size
+    with FlopCounterMode(display=False) as counter:
+        tower(encoder.prepare_images(torch.zeros(1, 3, side, side)))
+    return TowerCost(side, float(counter.get_total_flops()))
 
 
 def check_image_count(clean: Pairs, least: int = 8) -> None:
@@ -255,6 +295,7 @@ def invert_triggers(
     recipe: InversionRecipe,
     seed: int,
     report: ProgressReport = no_report,
+    judged: Pairs | None = None,
 ) -> InvertedTriggers:
     """Search for triggers, `recipe.starts` for each aim. Deterministic for a seed.
 
@@ -266,6 +307,7 @@ def invert_triggers(
         recipe: hyper-parameters of the search.
         seed: of the starting points and the batches.
         report: told every few steps.
+        judged: images that success is measured on in the end; else those of the search.
 
     Raises:
         UserError: where the encoder gives NaN.
@@ -273,31 +315,38 @@ def invert_triggers(
     height, width = clean.images.shape[2:]
     count = len(aims) * recipe.starts
     grid = recipe.grid_size(height, width)
-    u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window)
+    u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window, recipe.even)
     search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
-    confirming = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
+    further = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()
     for step in range(recipe.steps):
-        batch = recipe.batch_size(sum(step >= halving for halving in halving_steps))
-        x = draw_batch(clean, batch, seed, step, search.u)
+        halvings = sum(step >= halving for halving in halving_steps)
+        x = draw_batch(clean, recipe.batch_size(halvings), seed, step, search.u)
         grad, success, norm = compute_gradients(search, x, tower, objective)
         if step == 0 and not bool(torch.isfinite(grad).all()):
             raise UserError(NOT_FINITE)
-        if confirming is None:
+        if further is None:
             search.record(success, norm)
         else:
             search.update_weights(success >= recipe.goal)
             if (step + 1) % CHECK_EVERY == 0:
+                confirming = further[: recipe.confirm_size(halvings)]
                 confirm_triggers(search, success, norm, confirming, tower, objective)
         search.adam_step(grad, step)
         if step + 1 in halving_steps:
             search.halve()
+            if further is not None and recipe.growing:
+                confirming = further[: recipe.confirm_size(halvings + 1)]
+                best = search.best_u[search.indices]
+                search.doubt_best(
+                    success_on(tower, best, search.running_aims, confirming, objective)
+                )
         if (step + 1) % CHECK_EVERY == 0:
             report(step + 1, recipe.steps, f"{len(search)} of {count} searches still run")
             search.drop_finished()
             if not len(search):
                 break
-    return collect_triggers(search, clean, tower, objective)
+    return collect_triggers(search, clean if judged is None else judged, tower, objective)
 
 
 def confirm_triggers(
@@ -329,7 +378,7 @@ def confirm_triggers(
 def collect_triggers(
     search: TriggerSearch, clean: Pairs, tower: ImageTower, objective: TriggerObjective
 ) -> InvertedTriggers:
-    """The results of the searches that were not given up, measured on all clean images."""
+    """The results of the searches that were not given up, measured on clean images."""
     survivors = search.survived.nonzero()[:, 0]
     best_u = search.best_u[survivors]
     side = clean.images.shape[2:]
@@ -401,21 +450,3 @@ def success_on(
         z = tower(stamp_triggers(u[part], images)).view(len(u[part]), len(images), -1)
         successes.append(objective(z, aims[part])[1])
     return torch.cat(successes)
-
-
-def measure_again(
-    tower: ImageTower,
-    triggers: InvertedTriggers,
-    clean: Pairs,
-    objective: TriggerObjective,
-    goal: float,
-) -> InvertedTriggers:
-    """Triggers with their success on other images, and only those as reached that succeed there.
-
-    goal: the success that was asked for, of which `TOLERANCE` may be missing.
-    """
-    masks, patterns, aims = triggers.masks, triggers.patterns, triggers.aims
-    success = measure_success(tower, masks, patterns, aims, clean.images, objective)
-    return dataclasses.replace(
-        triggers, success=success, reached=triggers.reached & (success >= goal - TOLERANCE)
-    )

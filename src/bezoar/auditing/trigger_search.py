@@ -22,7 +22,7 @@ ADAM_BETAS = (0.5, 0.9)  # as published for DECREE, Neural Cleanse and SSL-Clean
 ADAM_EPSILON = 1e-8
 CHECK_EVERY = 5  # steps between checks for ended searches, which make the host wait for the device
 TOLERANCE = 0.05  # what success may be less on all images than on those it was confirmed on
-GRADIENT_PASSES = 3  # passes that cost what one forward and one backward do
+GRADIENT_PASSES = 2  # passes that cost what one does with the gradient by its pixels
 INSIDE, OUTSIDE = 0.95, 0.02  # of a mask that starts from a window
 PROGRESS_SHARE = 0.99  # a mask of more than this share of the best one's norm is no progress
 
@@ -52,10 +52,11 @@ class InversionRecipe:
         growing: twice as many images a step after every halving.
         confirm: clean images, the same at every step, that a trigger must succeed on too before it
             counts; 0: it counts by the images of its step alone, and of many steps the luckiest
-            wins.
+            wins. Where the batch is growing, half as many before each halving.
         window: start from a square of this share of the sides, at a place that is drawn; 0: from noise.
         cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
             a pixel. While the search lasts, norms and weights are of cells.
+        even: the mask has one value all over the image, so that the trigger is a blend.
     """
 
     steps: int
@@ -77,6 +78,7 @@ class InversionRecipe:
     confirm: int = 0
     window: float = 0.0
     cells: int = 0
+    even: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.patience, self.wait, self.starts) < 1:
@@ -105,11 +107,16 @@ class InversionRecipe:
         """The images of a step after so many halvings: the fewer searches, the more images."""
         return self.batch << halvings if self.growing else self.batch
 
+    def confirm_size(self, halvings: int) -> int:
+        """The further images that a trigger must succeed on after so many halvings; all of them after the last."""
+        return self.confirm >> (self.halvings - halvings) if self.growing else self.confirm
+
     def image_passes(self) -> int:
-        """Images that the searches for one aim pass through a tower; a gradient counts as three."""
+        """Images that the searches for one aim pass through a tower; a gradient counts as two."""
         passes, searches, bounds = 0, self.starts, (0, *self.halving_steps(), self.steps)
         for halvings, (first, last) in enumerate(itertools.pairwise(bounds)):
-            a_step = GRADIENT_PASSES * self.batch_size(halvings) + self.confirm // CHECK_EVERY
+            confirming = self.confirm_size(halvings) // CHECK_EVERY
+            a_step = GRADIENT_PASSES * self.batch_size(halvings) + confirming
             passes += searches * (last - first) * a_step
             searches = -(-searches // 2)
         return passes
@@ -129,7 +136,13 @@ class InversionRecipe:
 
 
 def initial_parameters(
-    count: int, height: int, width: int, seed: int, centred: bool = False, window: float = 0.0
+    count: int,
+    height: int,
+    width: int,
+    seed: int,
+    centred: bool = False,
+    window: float = 0.0,
+    even: bool = False,
 ) -> Tensor:
     """Draw free numbers (count, 4, H, W), mask first, that make uniform masks and patterns.
 
@@ -138,6 +151,8 @@ def initial_parameters(
     u = torch.stack(
         [torch.rand(4, height, width, generator=generator(seed, 11, i)) for i in range(count)]
     )
+    if even:
+        u[:, 0] = 0.5
     if centred:
         u[:, 0] = 0.01
         u[:, 0, height // 4 : height - height // 4, width // 4 : width - width // 4] = 0.99
@@ -245,6 +260,12 @@ class TriggerSearch:
         self.best_norm[self.indices] = torch.where(reached, norm.minimum(best_norm), best_norm)
         self.best_success[self.indices] = success.maximum(best_success)
 
+    def doubt_best(self, success: Tensor) -> None:
+        """Take note of the running searches' best triggers' success (g,) on more images than before."""
+        missed = self.indices[success < self.recipe.goal]
+        self.best_norm[missed] = torch.inf
+        self.best_success[self.indices] = success
+
     def candidates(self, success: Tensor, norm: Tensor) -> Tensor:
         """Which triggers would become the best ones if their success were confirmed, bool (g,)."""
         return (success >= self.recipe.goal) & (norm < self.best_norm[self.indices])
@@ -271,6 +292,8 @@ class TriggerSearch:
 
     def adam_step(self, grad: Tensor, step: int) -> None:
         """Move the free numbers by Adam (Kingma and Ba 2015); grad: (g, 4, H, W), step: from 0."""
+        if self.recipe.even:
+            grad[:, :1] = grad[:, :1].mean((2, 3), keepdim=True)
         beta1, beta2 = ADAM_BETAS
         self.first_moment.lerp_(grad, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -188,9 +188,9 @@ class Audit:
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
         family = bank.encoder_family(encoder, suspect)
         clean = Sample(data_text(method), len(sample))
-        seconds = forecast.estimate_seconds(audits, encoder, sample, classes)
+        seconds, cost = forecast.estimate_seconds(audits, encoder, sample, classes)
         for line in forecast.forecast_audits(
-            audits, banks, family, clean, self.rate, seconds, classes
+            audits, banks, family, clean, self.rate, seconds, classes, cost
         ):
             warn(f"audit: {line}")
 

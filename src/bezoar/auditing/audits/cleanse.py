@@ -14,7 +14,12 @@ from bezoar.auditing import norm_outliers, trigger_inversion
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.norm_outliers import OutlierStatistic
 from bezoar.auditing.random_probes import PATCH_KINDS, apply_probe
-from bezoar.auditing.trigger_inversion import ImageTower, InvertedTriggers, TriggerObjective
+from bezoar.auditing.trigger_inversion import (
+    ImageTower,
+    InvertedTriggers,
+    TowerCost,
+    TriggerObjective,
+)
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
@@ -27,7 +32,6 @@ from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 HELD_OUT = 4  # one of so many clean images takes no part in the search
-SIDE = 32  # pixels of the images that `most` counts
 # What a search that would cost too much is changed to; and the sweep before it.
 QUICK: dict[str, Any] = {
     "starts": 2,
@@ -40,6 +44,17 @@ QUICK: dict[str, Any] = {
     "cells": 32,
 }
 SWEEP: dict[str, Any] = {**QUICK, "starts": 8, "steps": 16, "halvings": 0, "confirm": 0}
+# What the search for patterns that are blended over the whole image differs by.
+BLEND: dict[str, Any] = {
+    "starts": 1,
+    "steps": 50,
+    "batch": 16,
+    "halvings": 0,
+    "growing": False,
+    "confirm": 32,
+    "goal": 0.9,
+    "even": True,
+}
 PROBES = 8  # random patches of each kind that precede it
 QUICK_IMAGES = 64  # clean images that it uses, and the sweep
 SWEEP_IMAGES = 16
@@ -59,6 +74,9 @@ class Cleanse:
     all clean images but for .05, of which a quarter took no part in the search. A class without such a mask is
     searched for again from other starts; one that nothing reaches then has no part in the value
     (`unreached`).
+
+    Then each class is searched for the least share of one pattern that is blended into every image (`BLEND`): a mask
+    of one value. A class that stands apart so is evidence of its own, and no part of the value.
 
     Where that would cost more than `most`, few classes are searched for, by fewer steps and with masks
     of 32 cells a side that start from a window: those that random patches lead to, those that searches lead to which
@@ -95,8 +113,8 @@ class Cleanse:
     ] = "log_ratio"
 
     most: Annotated[
-        float, "image passes at 32 px up to which all classes are searched for, and in full"
-    ] = 1.5e6
+        float, "arithmetic operations up to which all classes are searched for, and in full"
+    ] = 1e14
     few: Annotated[int, "classes that are searched for where that would cost more"] = 10
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")
@@ -111,20 +129,21 @@ class Cleanse:
         """The search for the classes' triggers. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, **({"lr": (self.lr,)} | dict(changes)))
 
-    def image_passes(self, images: int, classes: int, side: int = SIDE) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder, at most but for classes that are searched for again in full."""
-        if self.searches_all(classes, side):
-            return classes * (self.recipe().image_passes() + 2 * images)
+        if self.searches_all(classes, cost):
+            passes = self.recipe().image_passes() + self.recipe(BLEND).image_passes()
+            return classes * (passes + 2 * images)
         images = min(images, QUICK_IMAGES)
         quick, sweep = self.recipe(QUICK), self.recipe(SWEEP)
         count = min(self.few, classes)
         patches = 1 + PROBES * len(PATCH_KINDS)
         swept = sweep.image_passes() + SWEEP_IMAGES * (2 * sweep.starts + patches)
-        return swept * (count < classes) + count * (quick.image_passes() + 2 * images)
+        return swept * (count < classes) + count * (quick.image_passes() + images)
 
-    def searches_all(self, classes: int, side: int) -> bool:
-        """Whether all classes of an encoder of `side` pixels are searched for in full."""
-        return classes * self.recipe().image_passes() * (side / SIDE) ** 2 <= self.most
+    def searches_all(self, classes: int, cost: TowerCost) -> bool:
+        """Whether all classes of an encoder are searched for in full."""
+        return classes * self.recipe().image_passes() * cost.total <= self.most
 
     def __call__(
         self,
@@ -151,12 +170,16 @@ class Cleanse:
         recipe = self.recipe()
         pull = None
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
-            if not self.searches_all(len(names), encoder.preprocess.size):
+            if not self.searches_all(len(names), tower.cost):
                 recipe = self.recipe(QUICK)
                 clean = clean.take(range(min(len(clean), QUICK_IMAGES)))
                 classes, led_to, pull = self.choose_classes(tower, clean, classifier, seed, report)
                 notes["searched"] = describe_choice(led_to, classes, names)
             triggers = self.invert(tower, clean, objective, classes, recipe, seed, report)
+            blends = None
+            if "searched" not in notes:
+                blend = self.recipe(BLEND)
+                blends = self.invert(tower, clean, objective, classes, blend, seed, report)
         verdict = norm_outliers.outlier_verdict(
             triggers,
             [names[c] for c in classes.tolist()],
@@ -167,7 +190,12 @@ class Cleanse:
             excluding=True,
             among=len(names) if len(classes) < len(names) else 0,
         )
-        if "searched" in notes:
+        if blends is not None:
+            evidence, least = norm_outliers.blend_evidence(blends, names, len(clean))
+            verdict.evidence.update(evidence)
+            verdict.notes["blend_target"] = names[least]
+            verdict.notes["blends"] = norm_outliers.list_targets(blends, names)
+        else:
             verdict.notes["limits"].append(notes["searched"])
             verdict.evidence["concentration"] = exact_measure(
                 0.0, len(clean), "not counted: the searches started from windows"
@@ -232,11 +260,9 @@ class Cleanse:
         aims = classes
         rounds = 1 + self.again if recipe == self.recipe() else 1
         for round_ in range(rounds):
-            triggers = trigger_inversion.invert_triggers(
-                tower, searched, objective, aims, recipe, seed + round_ * 7919, report
-            ).best_of_aims()
-            triggers = trigger_inversion.measure_again(tower, triggers, clean, objective, self.goal)
-            best = triggers.best_of_aims(best)
+            best = trigger_inversion.invert_triggers(
+                tower, searched, objective, aims, recipe, seed + round_ * 7919, report, clean
+            ).best_of_aims(best)
             aims = best.aims[~best.reached].cpu()
             if not len(aims):
                 break

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import InvertedTriggers
+from bezoar.auditing.trigger_inversion import InvertedTriggers, TowerCost
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -28,7 +28,7 @@ NAMES_NO_CLASS = (
     "instead; cleanse compares classes"
 )
 
-SIDE, MOST = 32, 5e5  # a search in full may cost so many passes of images of so many pixels
+SIDE, MOST = 32, 3.4e5  # a search in full may cost so many passes of images of so many pixels
 # What a search that would cost too much is changed to, and the clean images that it uses.
 QUICK: dict[str, Any] = {"starts": 8, "steps": 48, "batch": 6, "cells": 32}
 QUICK_IMAGES = 64
@@ -107,11 +107,12 @@ class Decree:
         passes = self.recipe(self.goal or 0.5).image_passes()
         return passes * (side / SIDE) ** 2 <= MOST
 
-    def image_passes(self, images: int, classes: int, side: int) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder, at most."""
-        images = images if self.searches_in_full(side) else min(images, QUICK_IMAGES)
-        recipe = self.recipe(self.goal or 0.5, side)
-        return recipe.image_passes() + (1 + recipe.starts) * images
+        images = images if self.searches_in_full(cost.side) else min(images, QUICK_IMAGES)
+        recipe = self.recipe(self.goal or 0.5, cost.side)
+        survivors = -(-recipe.starts // 2**recipe.halvings)
+        return recipe.image_passes() + (1 + survivors) * images
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
 from bezoar.auditing.norm_outliers import MIN_NORMS, OutlierStatistic, outlier_verdict
-from bezoar.auditing.trigger_inversion import TriggerObjective
+from bezoar.auditing.trigger_inversion import TowerCost, TriggerObjective
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -85,7 +85,7 @@ class SslCleanse:
         """The search for each cluster's trigger. Raises ValueError for fields out of range."""
         return InversionRecipe.from_fields(self, lr=(self.lr,))
 
-    def image_passes(self, images: int, classes: int, side: int) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder, at most."""
         return self.count_clusters(images) * (self.recipe().image_passes() + images)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing.evidence import exact_measure
+from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.encoders.encoder import Encoder, embed_texts
@@ -65,7 +66,7 @@ class TokenSweep:
                 "needs first and carriers >= 2, kept, first_words, words and sample >= 1"
             )
 
-    def image_passes(self, images: int, classes: int, side: int) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Texts that go through the encoder, those of the first pass by their length."""
         words = self.sample or USUAL_WORDS
         return words * self.first // 2 + self.kept * self.carriers + min(images, POOL)

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 from bezoar.auditing import random_probes
 from bezoar.auditing.evidence import mean_over_probes
 from bezoar.auditing.random_probes import PATCH_KINDS, PROBE_KINDS, apply_probe
+from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.verdict import Verdict
@@ -48,7 +49,7 @@ class Whitening:
     def __post_init__(self) -> None:
         random_probes.check_fields(self.probes, self.images, self.shrink)
 
-    def image_passes(self, images: int, classes: int, side: int) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder."""
         return min(images, self.images) * (1 + self.probes * len(PROBE_KINDS))
 

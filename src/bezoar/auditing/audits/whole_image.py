@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from bezoar.auditing import random_probes
 from bezoar.auditing.evidence import mean_over_probes
+from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.verdict import Verdict
@@ -58,7 +59,7 @@ class WholeImage:
         if not 0 < self.alpha <= 1 or not 0 < self.delta <= 255 or not self.strength > 0:
             raise ValueError("needs alpha in 0..1, delta in 0..255 and strength, all above 0")
 
-    def image_passes(self, images: int, classes: int, side: int) -> int:
+    def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
         """Images that go through the encoder."""
         return min(images, self.images) * (1 + self.probes * len(KINDS))
 

@@ -161,7 +161,7 @@ def audit_row(audit: Mapping[str, Any]) -> list[str | Line]:
     unaided = audit.get("unaided")
     words = "a value alone" if audit["words"] == "no calibration" else audit["words"]
     if unaided and audit["words"] == "no calibration":
-        words, p = unaided["grade"], audit["evidence"].get("outlier_p", {}).get("value")
+        words, p = unaided["grade"], unaided.get("p")
     false_positives = audit["false_positives"]
     return [
         audit["name"],
@@ -182,6 +182,9 @@ def took(view: AuditView, name: str) -> str:
 
 def describe_finding(audit: Mapping[str, Any]) -> str:
     """The target of the least trigger, and its size; "–" where an audit has none."""
+    unaided = audit.get("unaided") or {}
+    if unaided.get("size"):
+        return f"{pictures.shorten(unaided['target'], 40)}, {unaided['size']}"
     target, least = audit["notes"].get("target"), audit["evidence"].get("least_norm")
     if not target or not least:
         return "–"
