@@ -1,4 +1,4 @@
-"""siglip, cleanclip, par and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
+"""siglip, cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ from bezoar.encoders.encoder import WordTokenizer
 from bezoar.errors import UserError
 from bezoar.training import caption_views, contrastive, loop, ranks
 from bezoar.training.augmentation import Chance, Views
-from bezoar.training.objectives import safeclip
+from bezoar.training.objectives import roclip, safeclip
 from bezoar.training.universal_triggers import PIXEL_STEP, UniversalTriggers
 
 SPECS = {
@@ -32,6 +32,7 @@ SPECS = {
     "cleanclip": "cleanclip:batch=16,temperature=0.1,anchor=1",
     "adversarial": "cleanclip:batch=16,temperature=0.1,anchor=1,adversarial=6",
     "par": "par:batch=16,temperature=0.1",
+    "roclip": "roclip:batch=16,temperature=0.1,bank=0.4",
     "safeclip": "safeclip:batch=16,temperature=0.1,apart=1",
 }
 
@@ -250,6 +251,38 @@ def test_par_remembers_its_start_when_it_goes_on():
     assert all(torch.equal(v, loss.state_dict()[f"initial.{k}"]) for k, v in first.items())
 
 
+def test_roclip_compares_with_the_nearest_of_the_captions_it_saw(monkeypatch):
+    monkeypatch.setattr(roclip, "LEAST_BATCHES", 1)
+    encoder, loss, _, tokens = start("roclip", extra=",words=0,crop=1")
+    data = toy_pairs()
+    loss.begin(data, tokens)
+    assert len(loss.bank) == 38 and loss.epoch_steps == 6  # 0.4 of 96 records, 6 steps an epoch
+    loss.train()
+    with torch.no_grad():
+        ring = [(tokens[i], encoder.encode_tokens(tokens[i : i + 1])[0]) for i in range(38)]
+    whole_images = Views(32, (1.0, 1.0), flip=0, jitter=0, gray=0)
+    position = 0
+    for step in range(12):
+        rows = torch.arange(16) + 16 * (step % 6)
+        twin = copy.deepcopy(encoder).train()
+        value = loss(data.images[rows], tokens[rows], chance(step))
+        with torch.no_grad():
+            z = twin.encode_images(whole_images(data.images[rows], chance(step), 1)[:, 0])
+            current = w = twin.encode_tokens(tokens[rows])
+            if step >= 6:  # the second epoch matches
+                nearest = (z @ torch.stack([v for _, v in ring]).T).argmax(1).tolist()
+                w = twin.encode_tokens(torch.stack([ring[i][0] for i in nearest]))
+        assert value.item() == pytest.approx(clip(z, w, 10), rel=1e-4), step
+        loss.zero_grad()
+        value.backward()
+        assert any(p.grad is not None and p.grad.any() for p in encoder.text.parameters())
+        for token, vector in zip(tokens[rows], current, strict=True):
+            ring[position], position = (token, vector), (position + 1) % 38
+        assert torch.equal(loss.bank, torch.stack([t for t, _ in ring]))
+        assert int(loss.position) == position
+        assert torch.allclose(loss.vectors, torch.stack([v for _, v in ring]), atol=1e-6)
+
+
 def test_safeclip_has_three_phases_and_a_set_that_grows(monkeypatch):
     _, loss, recipe, tokens = start("safeclip", epochs=6, extra=",more=0.1,most=0.6")
     data, calls, sizes = toy_pairs(), [], []
@@ -337,6 +370,8 @@ def test_two_gaussians_are_told_apart():
         ("cleanclip:shift=-1", "shift >= 0"),
         ("par:tau=5", "tau in 0..4"),
         ("par:temperature=0", "temperature > 0"),
+        ("roclip:every=0", "every >= 1"),
+        ("roclip:bank=2", "bank in 0..1"),
         ("safeclip:epochs=6", "apart [+] 2"),
         ("safeclip:together=0", "together > 0"),
         ("safeclip:sure=2", "sure, least and more in 0..1"),
@@ -382,7 +417,7 @@ def run_rank(folder):
 
 def test_two_ranks_are_one(tmp_path):
     states = rank_states(__file__, tmp_path)
-    for name in ("siglip", "cleanclip", "par"):
+    for name in ("siglip", "cleanclip", "par", "roclip"):
         for key, value in descended(name).items():
             scale = value.abs().max().clamp(min=1e-2) if value.is_floating_point() else 1
             for state in states:
