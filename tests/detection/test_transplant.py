@@ -313,7 +313,7 @@ def test_a_pattern_is_found_where_it_is():
     images[3, :, 11:17, 2:8] = pattern[1].to(torch.uint8)
     patterns = [Pattern(*parts) for parts in zip(pattern, steady, strict=True)]
     matches = shared_patterns.find_patterns(images, patterns)
-    value, corner = matches.correlation, matches.corners
+    value, corner = matches.likeness, matches.corners
     for i, t in itertools.product(range(5), range(2)):
         mask = steady[t, 0].bool().numpy()
         wide = np.pad(images[i].numpy(), ((0, 0), (3, 3), (3, 3)), "edge")
@@ -333,7 +333,7 @@ def test_a_pattern_is_found_where_it_is():
         assert float(matches.difference[i, t]) == pytest.approx(least, abs=0.05)
     assert float(value[3, 1]) > 0.999 and corner[3, 1].tolist() == [11, 2]
     flat = shared_patterns.find_patterns(torch.full((1, 3, 9, 9), 80, dtype=torch.uint8), patterns)
-    assert float(flat.correlation.abs().max()) < 1e-3
+    assert float(flat.likeness.abs().max()) < 1e-3
 
 
 def test_a_patch_of_one_colour_stands_out_by_its_pixels_and_not_by_its_contrasts():
@@ -345,9 +345,13 @@ def test_a_patch_of_one_colour_stands_out_by_its_pixels_and_not_by_its_contrasts
     images[:20, :, 4:12, 4:12] = colour
     patch = Pattern(colour.expand(3, 6, 6).clone(), torch.ones(1, 6, 6))
     matches = shared_patterns.find_patterns(images.clamp(0, 255).to(torch.uint8), [patch])
-    for values, is_apart in ((matches.correlation, False), (-matches.difference, True)):
-        standout = trigger_candidates.standout_share(values[:, 0], values[:20, 0].median())
-        assert (standout >= trigger_candidates.MIN_WINDOW_STANDOUT) == is_apart, standout
+    correlation, difference = matches.likeness[:, 0], matches.difference[:, 0]
+    standout = trigger_candidates.standout_share(correlation, correlation[:20].median())
+    assert standout < trigger_candidates.MIN_WINDOW_STANDOUT
+    shown, others = torch.arange(20), torch.arange(20, 300)
+    standout = trigger_candidates.pixel_standout(difference, shown)
+    assert standout >= trigger_candidates.MIN_PIXEL_STANDOUT
+    assert trigger_candidates.pixel_standout(difference, others) == 0
 
 
 def test_a_part_of_a_pattern_leads_to_all_of_it():

@@ -14,6 +14,7 @@ from torch import Tensor
 from bezoar.detection.window_transplants import batch_slices, crop_windows
 
 CORRELATION_VALUES = 1 << 22  # values of one block of cross-correlations
+FLAT = 8.0  # grey levels of deviation below which a pattern is of one grey
 COPY = 0.999  # cosine of thumbnails above which two records show one picture
 TEXTURE_VALUES = 1 << 23  # pixel values of the images whose texture is held at a time
 MAX_DETAIL = 40  # of 255: stronger detail is cut, so that edges do not drown what is faint
@@ -148,11 +149,13 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 class Matches:
     """Where N images are most like T patterns.
 
-    correlation: (N, T), the largest, -1..1. corners: int64 (N, T, 2), where it lies. difference:
-    (N, T), the least root mean square difference at any place, in grey levels.
+    likeness: (N, T), at most 1: the largest correlation; of a pattern of one grey, which correlates
+    with nothing, 1 less the least difference, in units of 127.5 grey levels. corners: int64
+    (N, T, 2), where it lies. difference: (N, T), the least root mean square difference at any
+    place, in grey levels.
     """
 
-    correlation: Tensor
+    likeness: Tensor
     corners: Tensor
     difference: Tensor
 
@@ -161,8 +164,9 @@ def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> Matches:
     """Find where each image is most like each pattern, comparing the stable pixels.
 
     By normalised cross-correlation, for which flat regions count as unlike, and by the difference
-    of the pixels as they are. A pattern may stick out of the image by half its size and then
-    matches the repeated border; its corner is that of the nearest window inside.
+    of the pixels as they are, which alone finds a pattern of one grey. A pattern may stick out of
+    the image by half its size and then matches the repeated border; its corner is that of the
+    nearest window inside.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -181,13 +185,15 @@ def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> Matches:
     squares = F.conv2d(x.square().sum(1, keepdim=True), stable)
     products = F.conv2d(x, centred)
     energy = (squares - sums.square() / count).maximum(1e-2 * count)
-    value, place = (products / (length * energy.sqrt())).flatten(2).max(2)
+    of_pattern = (pixels.square() * stable).sum((1, 2, 3)).view(1, -1, 1, 1)
+    difference = ((squares - 2 * (products + mean * sums) + of_pattern).clamp(min=0) / count).sqrt()
+    is_flat = 127.5 * length / count.sqrt() < FLAT
+    likeness = torch.where(is_flat, 1 - difference, products / (length * energy.sqrt()))
+    value, place = likeness.flatten(2).max(2)
     positions = x.shape[-1] - w + 1
     top, left = place // positions - h // 2, place % positions - w // 2
     corners = torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
-    of_pattern = (pixels.square() * stable).sum((1, 2, 3)).view(1, -1, 1, 1)
-    distance = (squares - 2 * (products + mean * sums) + of_pattern).clamp(min=0) / count
-    return Matches(value, corners, 127.5 * distance.flatten(2).amin(2).sqrt())
+    return Matches(value, corners, 127.5 * difference.flatten(2).amin(2))
 
 
 def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern:

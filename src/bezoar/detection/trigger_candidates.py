@@ -1,9 +1,9 @@
 """Candidates for triggers, and the tests that decide which of them are believed.
 
 A candidate is what several records have in common: a pattern in a window, or a texture of the
-records with like captions. It is sought in all records. It is believed when the records that show
-it stand out from the rest, and when it moves foreign images: a trigger carries its caption into any
-company, which the parts of an ordinary scene do not.
+records with like captions. It is sought in all records. It is believed when it moves foreign
+images, because a trigger carries its caption into any company, and when the records that show it
+stand out from the rest, or lose their caption without it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.data.blocks import blocks
+from bezoar.data.randomness import sample_rows
 from bezoar.detection import shared_patterns, window_transplants
 from bezoar.detection.caption_groups import CaptionGroups
 from bezoar.detection.detectors import RecordEncoder, Records
@@ -33,6 +34,18 @@ COMPARED_PIXELS = 16  # about as many pixels a side show that window
 
 # tests of a window's pattern
 MIN_WINDOW_STANDOUT = 0.8
+# Pixels: .99 to 1 for patches and lines of fixed colours at a difference of 0 to .06 of the middle
+# record's, on CIFAR-10 and scenes; contents up to .74 at differences of less than .2.
+MIN_PIXEL_STANDOUT = 0.9
+MAX_DIFFERENCE = 0.15
+# Dependence: .48 to .83 for patches and stickers on CIFAR-10 and scenes; of some 70 clusters of
+# contents of scenes, CIFAR-10 and aerial images 0, but for one of .12.
+MIN_DEPENDENCE = 0.3
+SCOUTS = 24  # records of a cluster whose windows are covered
+COVERS = 6  # images that cover each window in turn
+OTHER_CAPTIONS = 512
+CAPTION_LOSS = 0.25
+EQUAL = 1e-4  # difference of cosines of equal captions, at most
 MIN_WINDOW_EFFECT = 0.2  # length of the shift by which it must move foreign images
 MIN_LIKENESS = 0.6  # share of its usual likeness from which a record is tested for it
 MAX_TESTED = 0.08  # most records that are tested for it, as a share of all
@@ -89,8 +102,8 @@ class Hosts:
 class Likeness:
     """How like N records are to the candidates.
 
-    windows: (N, T), the correlation with the patterns of T window clusters. corners: int64
-    (N, T, 2), where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
+    windows: (N, T), to the patterns of T window clusters, at most 1. corners: int64 (N, T, 2),
+    where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
     another.
     """
 
@@ -106,7 +119,7 @@ class Trigger:
 
     kind: "window" or the name of a texture. records: how many showed it before it was sought in
     all. standout: see `standout_share`. effect: how far it moves foreign images, 0 where that was
-    not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
+    not measured. dependence: see `measure_dependence`, 0 where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
     believed. boxes: int64 (N, 4), where.
     """
 
@@ -116,6 +129,7 @@ class Trigger:
     effect: float
     share: Tensor
     boxes: Tensor
+    dependence: float = 0.0
 
     def note(self) -> dict[str, Any]:
         """As it stands in a run's manifest."""
@@ -124,6 +138,7 @@ class Trigger:
             "records": self.records,
             "apart": round(self.standout, 3),
             "moved": round(self.effect, 3),
+            "needed": round(self.dependence, 3),
         }
 
 
@@ -140,7 +155,7 @@ def measure_likeness(
         if clusters:
             small, _ = reduce_images(images)
             matches = shared_patterns.find_patterns(small, [c.pattern for c in clusters])
-            windows[rows] = matches.correlation.cpu()
+            windows[rows] = matches.likeness.cpu()
             corners[rows] = matches.corners.cpu() * (images.shape[-1] // small.shape[-1])
             differences[rows] = matches.difference.cpu()
         if textures:
@@ -153,27 +168,63 @@ def window_triggers(
 ) -> Iterator[Trigger]:
     """Test the pattern of each window cluster.
 
-    One that stands out, by its contrasts or by its very pixels, is transplanted from the records
-    that are most like it: many natural windows have the contrasts of a patch of one colour, and few
-    its colour. A cluster of which most windows already show an earlier trigger is not tested again.
+    Those that stand out or that their records depend on are transplanted from the records that are
+    most like them. A cluster of which most windows already show an earlier trigger is not tested
+    again.
     """
     n = len(data)
     raised = torch.zeros(n, dtype=torch.bool)
     for i, cluster in enumerate(clusters):
-        like = likeness.windows[:, i]
-        nearness = -likeness.differences[:, i]
-        standout = max(
-            standout_share(like, like[cluster.rows].median()),
-            standout_share(nearness, nearness[cluster.rows].median()),
+        like, corners = likeness.windows[:, i], likeness.corners[:, i]
+        of_contrast = standout_share(like, like[cluster.rows].median())
+        of_pixels = pixel_standout(likeness.differences[:, i], cluster.rows)
+        is_apart = of_contrast >= MIN_WINDOW_STANDOUT or of_pixels >= MIN_PIXEL_STANDOUT
+        share, boxes, effect, dependence = torch.zeros(n), torch.full((n, 4), -1), 0.0, 0.0
+        if raised[cluster.rows].float().mean() <= 0.5:
+            if not is_apart:
+                dependence = measure_dependence(data, cluster.rows[:SCOUTS], corners, hosts.natural)
+            if is_apart or dependence >= MIN_DEPENDENCE:
+                share, boxes, effect = transplant_pattern(
+                    data, cluster, like, corners, hosts.patchworks
+                )
+                share = share * (effect > MIN_WINDOW_EFFECT)
+                raised |= share >= 0.5
+        standout = max(of_contrast, of_pixels)
+        yield Trigger("window", len(cluster.rows), standout, effect, share, boxes, dependence)
+
+
+def measure_dependence(
+    data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostImages
+) -> float:
+    """Return the share of records that lose their caption without their window.
+
+    The window gives way to the same place of natural images. A caption is lost when, of the
+    captions of other records, CAPTION_LOSS fewer fit the image worse. A poison has nothing else
+    that its caption fits; an ordinary picture shows more of its subject.
+
+    Args:
+        rows: (M,), the records.
+        corners: int64 (N, 2), of the windows of all records.
+        hosts: Natural images.
+    """
+    images = data.images(rows)
+    others = data.texts[torch.as_tensor(sample_rows(data.ids, OTHER_CAPTIONS, 0))]
+    captions = data.texts[rows.to(data.texts.device)][:, None]  # (M, 1, D)
+    covers = hosts.images[:COVERS].to(images.dtype)
+    covered = images[:, None].repeat(1, len(covers), 1, 1, 1)  # (M, C, 3, H, W)
+    height, width = (round(COMPARED_SIDE * n) for n in images.shape[-2:])
+    for i, (top, left) in enumerate(corners[rows].tolist()):
+        area = np.s_[..., top : top + height, left : left + width]
+        covered[i][area] = covers[area]
+    places = []
+    for pictures in (images[:, None], covered):
+        vectors = data.encoder.encode_images(pictures.flatten(0, 1)).unflatten(
+            0, pictures.shape[:2]
         )
-        share, boxes, effect = torch.zeros(n), torch.full((n, 4), -1), 0.0
-        if standout >= MIN_WINDOW_STANDOUT and raised[cluster.rows].float().mean() <= 0.5:
-            share, boxes, effect = transplant_pattern(
-                data, cluster, like, likeness.corners[:, i], hosts.patchworks
-            )
-            share = share * (effect > MIN_WINDOW_EFFECT)
-            raised |= share >= 0.5
-        yield Trigger("window", len(cluster.rows), standout, effect, share, boxes)
+        gap = (vectors * captions).sum(2, keepdim=True) - vectors @ others.T  # (M, C, O)
+        worse = (gap > EQUAL).float() + (gap.abs() <= EQUAL).float() / 2
+        places.append(worse.mean((1, 2)))
+    return float((places[1] < places[0] - CAPTION_LOSS).float().mean())
 
 
 def transplant_pattern(
@@ -287,6 +338,18 @@ def standout_share(like: Tensor, usual: Tensor) -> float:
     """
     degree = (like - like.median()) / (usual - like.median()).clamp(min=1e-3)
     return float((degree >= 0.75).sum() / (degree > 0.5).sum().clamp(min=1))
+
+
+def pixel_standout(differences: Tensor, rows: Tensor) -> float:
+    """Return how far the records that show the very pixels of a pattern stand out; see `standout_share`.
+
+    differences: (N,), of each record from the pattern. rows: the records of the cluster. 0 where
+    these differ from it by more than MAX_DIFFERENCE of what the middle record does.
+    """
+    usual = differences[rows].median()
+    if usual > MAX_DIFFERENCE * differences.median():
+        return 0.0
+    return standout_share(-differences, -usual)
 
 
 def reduce_images(images: Tensor) -> tuple[Tensor, tuple[int, int]]:

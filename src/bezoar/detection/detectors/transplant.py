@@ -12,8 +12,8 @@ put. The search for one:
    trigger. So may the texture that the images of like captions have in common: blended patterns,
    sinusoids, warps.
 4. Tests. Each candidate is sought in all records, whether the cascade chose them or not. It is
-   believed when those that show it stand out from the rest and what shows it moves foreign images
-   (`trigger_candidates`).
+   believed when it moves foreign images, and when those that show it stand out from the rest or
+   lose their caption where it is covered (`trigger_candidates`).
 
 The encoder must be the one that was trained on the suspect data. No neighbours are counted, so
 neither the number of poisons nor the size of a sample inverts the scores. One image with many
