@@ -16,6 +16,7 @@ from bezoar.auditing.bank import Bank, Calibration, Family, Sample
 from bezoar.auditing.trigger_inversion import TowerCost
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder, embed_records
+from bezoar.errors import UserError
 
 TIMED = 64  # images that are embedded to measure the encoder's speed
 
@@ -89,12 +90,12 @@ def estimate_seconds(
     nothing. classes: those that audits of classes tell apart.
     """
     first = clean.take(range(min(TIMED, len(clean)))).to(encoder.device)
-    if not encoder.reads_images:
-        a_pass, cost = time_passes(lambda: embed_records(encoder, first), len(first)), TowerCost(0)
-    else:
+    try:
         with trigger_inversion.freeze_tower(encoder) as tower:
             embed = partial(trigger_inversion.embed_clean, tower, first.images)
             a_pass, cost = time_passes(embed, len(first)), tower.cost
+    except UserError:  # an encoder of texts, or one that no inversion fits
+        a_pass, cost = time_passes(lambda: embed_records(encoder, first), len(first)), TowerCost(0)
     counted = [a for a in audits if hasattr(a, "image_passes")]
     passes: int = sum(a.image_passes(len(clean), classes, cost) for a in counted)
     return a_pass * passes, cost

@@ -39,9 +39,7 @@ from bezoar.evaluation.verdict import Inversion
 from bezoar.progress import ProgressReport, no_report
 
 MANY_IMAGES = 1 << 20  # more than are ever computed together
-LARGE = (
-    3e8  # operations for an image from which a tower computes in bfloat16, where the device has it
-)
+LARGE = 3e8  # operations an image from which a tower computes in bfloat16, where the device can
 PIXEL_OPERATIONS = 4e4  # what moving a pixel through a tower costs beside its sums and products
 NOT_FINITE = "the encoder gives NaN or infinite vectors; its weights or its input size are wrong"
 
