@@ -10,6 +10,7 @@ byte, manifests and pages included.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -447,10 +448,11 @@ def arguments() -> argparse.Namespace:
 
 
 def import_everything() -> None:
-    """Import every module of bezoar, so that forks need not."""
+    """Import every module of bezoar, so that forks need not; none of them looks for garbage in what they share."""
     for module in pkgutil.walk_packages(bezoar.__path__, "bezoar."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    gc.freeze()
 
 
 def needed_cases(only: set[str]) -> set[str]:

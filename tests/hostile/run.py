@@ -7,6 +7,7 @@ Prints a JSON line for each mutant that broke a promise, then a line of totals; 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -142,6 +143,7 @@ def run_all(options: argparse.Namespace) -> int:
         screen, sys.stdout = sys.stdout, silence
         runs = write_all(base)
         sys.stdout = screen
+    gc.freeze()  # of what children share
     before, idle = snapshot(base), resident(os.getpid())
     chosen = [m for m in mutants(base, runs) if re.search(options.only, m.name)]
     bad = 0
