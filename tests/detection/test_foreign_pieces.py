@@ -56,14 +56,14 @@ def test_the_piece_that_holds_the_poisons_is_chosen_and_what_is_known_is_not():
     none = torch.zeros(len(group), dtype=torch.bool)
     known = none.clone()
     known[poisons] = True
-    pieces = search.cut_groups(group, 4)
-    assert set(pieces.tolist()) == {0, 1, 2, 3}
+    pieces = search.cut_groups(group, 2)
+    assert set(pieces.tolist()) == {0, 1}
     for compares_captions in (True, False):
-        seeds = search.find_seeds(group, none, 4, compares_captions)
+        seeds = search.find_seeds(group, none, 2, compares_captions)
         assert seeds[poisons].float().mean() > 0.9
         assert not (seeds & (group != 0)).any()
         rest = group.masked_fill(known, 20)
-        assert not search.find_seeds(rest, known, 4, compares_captions)[poisons].any()
+        assert not search.find_seeds(rest, known, 2, compares_captions)[poisons].any()
 
 
 def test_filters_are_whitened_patches_of_the_images():

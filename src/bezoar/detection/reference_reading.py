@@ -40,8 +40,8 @@ ONE_SIDED = 1.645  # deviations of a one-sided bound of 95 %
 LEAST_READ = 0.6  # mean place of the others, below which nothing is said of a cause
 NEAREST = 50  # records with the most like captions
 MIN_OTHERS = 0.25  # share of them that are not left out
-MAX_COMPARED = 512  # suspects, at most
-AMONG = 1 << 15  # records that the nearest are sought among, at most
+MAX_COMPARED = 200  # suspects, at most
+AMONG = 1 << 14  # records that the nearest are sought among, at most
 TIES = 1e-4  # added to cosines
 
 
