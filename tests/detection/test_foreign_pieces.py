@@ -11,7 +11,7 @@ from bezoar import registry
 from bezoar.detection import patch_dictionary, shared_causes
 from bezoar.detection.foreign_pieces import PieceSearch
 from bezoar.detection.patch_dictionary import PatchDictionary
-from bezoar.detection.shared_causes import Discriminants
+from bezoar.detection.shared_causes import Cause, Discriminants
 
 
 def prepare_search(is_attacked):
@@ -51,19 +51,16 @@ def test_a_planted_trigger_is_believed_and_no_natural_piece(is_attacked):
     assert not search.find(group, causes).causes
 
 
-def test_the_piece_that_holds_the_poisons_is_chosen_and_what_is_known_is_not():
+def test_the_piece_that_holds_the_poisons_is_chosen_and_what_is_found_is_not():
     search, group, poisons = prepare_search(True)
-    none = torch.zeros(len(group), dtype=torch.bool)
-    known = none.clone()
-    known[poisons] = True
-    pieces = search.cut_groups(group, 2)
-    assert set(pieces.tolist()) == {0, 1}
-    for compares_captions in (True, False):
-        seeds = search.find_seeds(group, none, 2, compares_captions)
+    assert set(search.cut_groups(group, 2).tolist()) == {0, 1}
+    for seeds in search.find_seeds(group, 2, []):
         assert seeds[poisons].float().mean() > 0.9
         assert not (seeds & (group != 0)).any()
-        rest = group.masked_fill(known, 20)
-        assert not search.find_seeds(rest, known, 2, compares_captions)[poisons].any()
+    rows = (group == 0).nonzero()[:, 0]
+    found = Cause(0, 1.0, rows, torch.isin(rows, poisons).float())
+    for seeds in search.find_seeds(group, 2, [found]):
+        assert not seeds[poisons].any()
 
 
 def test_filters_are_whitened_patches_of_the_images():

@@ -80,51 +80,48 @@ class PieceSearch:
         causes, tested = list(found_before), 0
         doubt = torch.zeros(len(groups))
         for count in PIECES:
-            for compares_captions in (True, False):
-                excluded = shared_causes.mark_shown(causes, len(groups))
-                # What is found already is a group of its own.
-                rest = groups.masked_fill(excluded, int(groups.max()) + 1)
+            for seeds in self.find_seeds(groups, count, causes):
+                excluded, rest = set_apart(groups, causes)
                 discriminants = replace(self.discriminants, groups=rest)
-                seeds = self.find_seeds(rest, excluded, count, compares_captions)
-                candidates = shared_causes.find_causes(discriminants, seeds)
+                candidates = shared_causes.find_causes(discriminants, seeds & ~excluded)
                 candidates = shared_causes.choose_left_out(candidates, len(groups))
                 tested += len(candidates)
                 causes += self.judge(discriminants, candidates, excluded, doubt)
         return PieceFindings(causes[len(found_before) :], doubt, tested)
 
-    def find_seeds(
-        self, groups: Tensor, excluded: Tensor, count: int, compares_captions: bool
-    ) -> Tensor:
+    def find_seeds(self, groups: Tensor, count: int, causes: Sequence[Cause]) -> list[Tensor]:
         """bool (N,): of each group the piece with the most foreign contents, if these are suspicious.
+
+        Once by comparison with records of like captions, and once with the rest of the group: a piece
+        may hold all records of a caption, poisons and others.
 
         Args:
             groups: int64 (N,).
-            excluded: bool (N,), of a group of their own, which is not cut.
             count: pieces of a group.
-            compares_captions: whether pieces are compared with records of like captions, or with the
-                rest of their group: a piece may hold all records of a caption, poisons and others.
+            causes: whose records are in no piece.
         """
-        pieces = self.cut_groups(groups, count)
-        nowhere = torch.zeros(0, dtype=torch.long)
-        lowest: dict[int, tuple[float, Tensor]] = {}
+        excluded, rest = set_apart(groups, causes)
+        pieces = self.cut_groups(rest, count)
+        seeds = [torch.zeros_like(excluded), torch.zeros_like(excluded)]
+        lowest: dict[tuple[int, int], float] = {}
         for number in range(count):
             left_out = excluded | (pieces == number)
             reading = self.reader.read(left_out)
-            for group in groups[~excluded].unique().tolist():
-                of_group = groups == group
+            for group in rest[~excluded].unique().tolist():
+                of_group = rest == group
                 rows = (of_group & (pieces == number)).nonzero()[:, 0]
                 if len(rows) < MIN_RECORDS:
                     continue
-                if compares_captions:
-                    compared = Comparison.by_captions(self.reader.captions, rows, left_out)
-                else:
-                    others = (of_group & ~left_out).nonzero()[:, 0]
-                    compared = Comparison.with_rest(rows, others)
-                bound = bound_content(reading, self.reader, groups, compared, left_out)
-                if bound < lowest.get(group, (SUSPICIOUS, nowhere))[0]:
-                    lowest[group] = bound, rows
-        seeds = torch.zeros_like(excluded)
-        seeds[torch.cat([nowhere, *(rows for _, rows in lowest.values())])] = True
+                others = (of_group & ~left_out).nonzero()[:, 0]
+                comparisons = (
+                    Comparison.by_captions(self.reader.captions, rows, left_out),
+                    Comparison.with_rest(rows, others),
+                )
+                for i, compared in enumerate(comparisons):
+                    bound = bound_content(reading, self.reader, rest, compared, left_out)
+                    if bound < lowest.get((i, group), SUSPICIOUS):
+                        lowest[i, group] = bound
+                        seeds[i][of_group] = pieces[of_group] == number
         return seeds
 
     def cut_groups(self, groups: Tensor, count: int) -> Tensor:
@@ -151,6 +148,8 @@ class PieceSearch:
         Returns:
             Those that are misread and have contents of any kind.
         """
+        if not causes:
+            return []
         for _ in range(2):
             _, _, misread = self.read_without(causes, excluded)
             causes = shared_causes.narrow_causes(discriminants, causes, misread)
@@ -175,3 +174,9 @@ class PieceSearch:
         left_out = shared_causes.mark_shown(causes, len(excluded)) | excluded
         reading = self.reader.read(left_out)
         return reading, left_out, shared_causes.find_misread(reading.loss, left_out, self.suspects)
+
+
+def set_apart(groups: Tensor, causes: Sequence[Cause]) -> tuple[Tensor, Tensor]:
+    """The records that show some cause, bool (N,); and the groups (N,), with these in a new one."""
+    excluded = shared_causes.mark_shown(causes, len(groups))
+    return excluded, groups.masked_fill(excluded, int(groups.max()) + 1)
