@@ -15,11 +15,11 @@ from bezoar.detection.shared_causes import Cause, Discriminants
 
 
 def prepare_search(is_attacked):
-    """6,000 records of 20 groups, 100 of group 0 with features of their own; which they are.
+    """2,400 records of 6 groups, 100 of group 0 with features of their own; which they are.
 
     Attacked: their contents are of any kind. Otherwise they are those of their captions.
     """
-    reader, group, poisons = draw_reader(n=6000, groups=20)
+    reader, group, poisons = draw_reader()
     if not is_attacked:
         reader = replace(reader, images=reader.images.clone())
         like = (group == 0).nonzero()[:, 0]
@@ -27,9 +27,9 @@ def prepare_search(is_attacked):
         reader.images[poisons] = reader.images[like[: len(poisons)]]
     random = torch.Generator().manual_seed(1)
     content = group.clone()
-    content[poisons] = torch.arange(len(poisons)) % 20
+    content[poisons] = torch.arange(len(poisons)) % 6
     features = torch.randn(len(group), 60, generator=random)
-    features += 0.2 * torch.randn(20, 60, generator=random)[content]
+    features += 0.2 * torch.randn(6, 60, generator=random)[content]
     features[poisons, :3] += 6
     discriminants = Discriminants.fit(features - features.mean(0), group, reader.half)
     return PieceSearch.prepare(reader, discriminants, 0.15, 0), group, poisons
