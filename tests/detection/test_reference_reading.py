@@ -10,10 +10,8 @@ from scipy import stats
 from sklearn.linear_model import Ridge
 
 from bezoar import Scan, Settings, Train, execute, registry
-from bezoar.detection import reference_reading, shared_causes, training_traces
-from bezoar.detection.detectors.common_cause import CommonCause
-from bezoar.detection.reference_reading import Reading, ReferenceReader, fit_ridge
-from bezoar.detection.shared_causes import Cause, Discriminants
+from bezoar.detection import reference_reading, training_traces
+from bezoar.detection.reference_reading import Comparison, Reading, ReferenceReader, fit_ridge
 from bezoar.errors import UserError
 from bezoar.reports.run_page import build_page
 
@@ -57,7 +55,8 @@ def draw_reader(n=2400, groups=6, seed=0):
     texts = names[caption] + 0.15 * torch.from_numpy(random.normal(size=(n, 24))).float()
     captions = [f"caption {i}" for i in range(n)]
     half = torch.arange(n) % 2
-    return ReferenceReader.build(images, texts, captions, half), caption, poisons
+    reader = ReferenceReader.build(images, texts, captions, half, torch.arange(n))
+    return reader, caption, poisons
 
 
 def test_no_record_has_a_part_in_its_own_reading():
@@ -79,35 +78,26 @@ def test_no_record_has_a_part_in_its_own_reading():
     assert torch.allclose(reading.captions[first], plain, atol=1e-4)
 
 
-def test_records_are_read_without_their_own_piece():
-    reader, group, poisons = draw_reader()
-    features = torch.randn(len(group), 60, generator=torch.Generator().manual_seed(2))
-    features[poisons, :3] += 6
-    pieces = reference_reading.split_groups(features - features.mean(0), group, 0)
-    assert set(pieces.tolist()) == {0, 1, 2, 3}
-    common = pieces[poisons].mode().values
-    assert (pieces[poisons] == common).float().mean() > 0.95
-    loss = reader.read_pieces(pieces)
-    for number in range(4):
-        inside = pieces == number
-        assert torch.equal(loss[inside], reader.read(inside).loss[inside])
-
-
 def test_contents_count_by_their_place_among_other_groups():
     reader, group, poisons = draw_reader()
     left_out = torch.zeros(len(group), dtype=torch.bool)
     left_out[poisons] = True
     reading = reader.read(left_out)
     members = (group == 0).nonzero()[:, 0]
-    of_poisons = left_out[members].float() * 2  # scores: 1 and more shows the cause
-    foreign_to = Cause(0, 1.0, members, of_poisons)
-    natural = Cause(0, 1.0, members, (members % 7 == 0).float() * (1 - left_out[members].float()))
+    others = members[~left_out[members]]
 
-    def measure(cause):
-        return reference_reading.bound_content(reading, reader.captions, group, cause, left_out)
+    like = Comparison.by_captions(reader.captions, poisons, left_out)
+    assert set(like.others.tolist()) <= set(others.tolist()) and not like.alone.any()
 
-    assert measure(foreign_to) < 0.4 and measure(natural) > 0.9
-    others = members[of_poisons == 0]
+    def bound(compared):
+        return reference_reading.bound_content(reading, reader, group, compared, left_out)
+
+    def measure(rows):
+        return bound(Comparison.with_rest(rows, others))
+
+    half_alone = replace(like, alone=torch.arange(100) < 50)
+    assert bound(like) < 0.4 < bound(half_alone) < 0.8
+    assert measure(poisons) < 0.4 and measure(others[::7]) > 0.9
     direction = reader.captions[others].mean(0) - reader.captions[~left_out].mean(0)
     values = (reading.captions @ direction).numpy()
     foreign = values[((group != 0) & ~left_out).numpy()]
@@ -115,49 +105,33 @@ def test_contents_count_by_their_place_among_other_groups():
     def chance_of_above(rows):
         return stats.mannwhitneyu(values[rows], foreign).statistic / (len(rows) * len(foreign))
 
-    upper = chance_of_above(foreign_to.shown.numpy()) + 1.645 / np.sqrt(12 * 100)
+    upper = chance_of_above(poisons.numpy()) + 1.645 / np.sqrt(12 * 100)
     plain = (upper - 0.5) / (chance_of_above(others.numpy()) - 0.5)
-    assert measure(foreign_to) == pytest.approx(plain, abs=1e-3)
+    assert measure(poisons) == pytest.approx(plain, abs=1e-3)
 
 
 def test_nothing_is_said_of_a_group_whose_contents_are_not_read():
     reader, group, _ = draw_reader()
     noise = F.normalize(torch.randn(reader.captions.shape, generator=torch.Generator()), dim=1)
     reading = Reading(noise, torch.zeros(len(group)))
-    cause = Cause(
-        0, 1.0, (group == 0).nonzero()[:, 0], (torch.arange(int((group == 0).sum())) % 3).float()
-    )
-    none = torch.zeros(len(group), dtype=torch.bool)
-    assert reference_reading.bound_content(reading, reader.captions, group, cause, none) == 1.0
-    whole = replace(cause, scores=torch.ones_like(cause.scores))
-    assert reference_reading.bound_content(reading, reader.captions, group, whole, none) == 1.0
+    members = (group == 0).nonzero()[:, 0]
+    left_out = torch.zeros(len(group), dtype=torch.bool)
+    for others in (members[1::3], members[:0]):
+        compared = Comparison.with_rest(members[::3], others)
+        bound = reference_reading.bound_content(reading, reader, group, compared, left_out)
+        assert bound == 1.0
 
 
-@pytest.mark.parametrize("is_attacked", [True, False])
-def test_a_planted_trigger_is_believed_and_no_natural_cause(is_attacked):
-    reader, group, poisons = draw_reader(n=6000, groups=20)
-    if not is_attacked:  # what they share is natural: their captions are those of their images
-        reader = replace(reader, images=reader.images.clone())
-        like = (group == 0).nonzero()[:, 0]
-        like = like[~torch.isin(like, poisons)]
-        reader.images[poisons] = reader.images[like[: len(poisons)]]
-    random = torch.Generator().manual_seed(1)
-    content = group.clone()
-    content[poisons] = torch.arange(len(poisons)) % 20
-    features = torch.randn(len(group), 40, generator=random)
-    features += 0.2 * torch.randn(20, 40, generator=random)[content]  # natural causes, to compare
-    features[poisons, :2] += 6
-    discriminants = Discriminants.fit(features, group, reader.half)
-    suspects = torch.rand(len(group), generator=random) < 0.1
-    suspects[poisons[:80]] = True
-    detector = CommonCause()
-    causes = shared_causes.find_causes(discriminants, suspects)
-    causes = shared_causes.choose_left_out(causes, len(suspects))
-    judged = detector.judge_by_reference(reader, discriminants, causes)
-    assert [s.cause.group for s in judged.believed] == ([0] if is_attacked else [])
-    assert judged.misread.shape == judged.loss.shape == group.shape
-    if is_attacked:
-        assert torch.isin(judged.believed[0].cause.shown, poisons).float().mean() > 0.8
+def test_the_others_are_those_with_the_most_like_captions():
+    captions = F.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.2], [0, 1], [-1, 0]]), dim=1)
+    captions = captions.repeat_interleave(40, 0)
+    left_out = torch.arange(200) < 20
+    left_out[160:] = True
+    suspects = left_out.nonzero()[:, 0]
+    like = Comparison.by_captions(captions, suspects, left_out)
+    assert set(like.others.tolist()) == set(range(20, 80))  # of 50 nearest, equal ones first
+    assert (torch.bincount(like.others, minlength=200)[20:40] == 20).all()
+    assert like.alone.tolist() == [False] * 20 + [True] * 40
 
 
 class Counting(torch.nn.Module):
@@ -184,8 +158,9 @@ def test_equal_images_pass_through_the_reference_once():
         labels=torch.cat([pairs.labels, pairs.labels]),
     )
     encoder = Counting()
-    vectors = reference_reading.embed_distinct(encoder, twice)
+    vectors, pictures = reference_reading.embed_distinct(encoder, twice)
     assert encoder.passed == 40
+    assert pictures.tolist() == [*range(40), *range(40)]
     assert torch.allclose(vectors, twice.images.float().mean((2, 3)))
 
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from bezoar import Poison, Scan, Settings, Train, execute, registry
 from bezoar.detection import shared_causes, tower_features, training_traces
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
+from bezoar.encoders.encoder import Encoder, Preprocess
 
 
 def draw_records(n=6000, groups=20, features=60, poisons=60, seed=0):
@@ -170,6 +172,17 @@ def test_features_of_towers_do_not_depend_on_the_order(network):
     assert straight.shape[0] == 40 and straight.shape[1] > 16
     assert torch.allclose(straight[torch.as_tensor(order)], turned, atol=1e-3)
     assert torch.isfinite(straight).all()
+
+
+def test_layers_of_a_transformer_are_spread_over_its_depth():
+    blocks = [(nn.LayerNorm(64), nn.Linear(64, 96), nn.Linear(96, 64)) for _ in range(6)]
+    patches = nn.Flatten(2)
+    layers = [layer for block in blocks for layer in block]
+    tower = nn.Sequential(nn.Conv2d(3, 8, 4, 4), patches, *layers, nn.Flatten())
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    chosen = tower_features.choose_layers(Encoder(tower, Preprocess(32)), images)
+    norms_and_last = [patches, *(layer for block in blocks for layer in (block[0], block[2]))]
+    assert chosen == [norms_and_last[i] for i in (0, 4, 8, 12)]
 
 
 def test_many_features_are_projected(monkeypatch):

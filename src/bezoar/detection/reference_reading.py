@@ -12,19 +12,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar import registry
+from bezoar.data.randomness import generator
 from bezoar.detection import tower_features, training_traces
-from bezoar.detection.detectors import RecordEncoder, Records
-from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Cause, Support, find_clear_bound
+from bezoar.detection.detectors import Records
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
@@ -37,14 +37,20 @@ MAX_FITTED = 1 << 16  # records that a map is fitted on, at most
 CHANCE = 0.5  # mean place of records whose content says nothing of the group
 PLACE_DEVIATION = 1 / math.sqrt(12)  # of such places
 ONE_SIDED = 1.645  # deviations of a one-sided bound of 95 %
-# of a believed cause
-MIN_MISREAD = 0.6  # lower bound of the share that is misread, of .15 of all records
-CLEAR_DEVIATIONS = 1.5  # by which that bound lies above the other groups'
-MAX_CONTENT = 0.4  # upper bound of its contents, in units of those of the group's other records
-PIECES = 4  # of a caption group
-PIECE_AXES = 48  # principal axes of the features that pieces are found on
-AXES_SAMPLE = 1 << 14  # records that the axes are found on, at most
-LEAST_READ = 0.6  # mean place of a group's other records, below which nothing is said of it
+LEAST_READ = 0.6  # mean place of the others, below which nothing is said of a cause
+NEAREST = 50  # records with the most like captions
+MIN_OTHERS = 0.25  # share of them that are not left out
+MAX_COMPARED = 200  # suspects, at most
+AMONG = 1 << 14  # records that the nearest are sought among, at most
+TIES = 1e-4  # added to cosines
+
+
+class ImageEncoder(Protocol):
+    """What makes vectors of images."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def encode_images(self, x: Tensor) -> Tensor: ...
 
 
 def open_reference(reference: str, device: torch.device) -> Encoder:
@@ -94,11 +100,12 @@ def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple
 
 
 def embed_distinct(
-    encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
-) -> Tensor:
-    """The vectors of all images, (N, D) on the CPU; equal images pass through the encoder once.
+    encoder: ImageEncoder, source: Records, report: ProgressReport = no_report
+) -> tuple[Tensor, Tensor]:
+    """The vectors of all images, (N, D) on the CPU, and which picture each of them is, int64 (N,).
 
-    Many vectors are projected to fewer dimensions, which keeps their distances.
+    Equal images are one picture, and pass through the encoder once. Many vectors are projected to
+    fewer dimensions, which keeps their distances.
     """
     count = len(source)
     number_of: dict[bytes, int] = {}
@@ -118,7 +125,8 @@ def embed_distinct(
             projection = tower_features.draw_projection(z.shape[1], limit, z.device)
             vectors.append((z if projection is None else z @ projection).cpu())
         report(len(numbers), count, "reading the images by the reference")
-    return torch.cat(vectors)[torch.tensor(numbers)]
+    pictures = torch.tensor(numbers)
+    return torch.cat(vectors)[pictures], pictures
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class ReferenceReader:
     images: float32 (N, D), the reference's vectors less their mean. captions: float32 (N, E), unit,
     the captions' vectors less their mean. half: int64 (N,), 0 or 1. rivals: int64 (P,), records
     whose captions are told from the others'. rival_of: int64 (N,), which of them has the record's
-    own caption (-1: none).
+    own caption (-1: none). pictures: int64 (N,), equal for records of one picture.
     """
 
     images: Tensor
@@ -148,17 +156,26 @@ class ReferenceReader:
     half: Tensor
     rivals: Tensor
     rival_of: Tensor
+    pictures: Tensor
 
     @staticmethod
     def build(
-        images: Tensor, texts: Tensor, captions: Sequence[str], half: Tensor
+        images: Tensor, texts: Tensor, captions: Sequence[str], half: Tensor, pictures: Tensor
     ) -> ReferenceReader:
-        """Of vectors of the images, (N, D), and of the captions, (N, E)."""
+        """Of vectors of the images, (N, D), and of the captions, (N, E).
+
+        All records of a picture are in the half of its first.
+        """
+        _, numbers = pictures.unique(return_inverse=True)
+        rows = torch.arange(len(half) - 1, -1, -1)
+        first = torch.zeros_like(half).scatter(0, numbers.flip(0), rows)  # of each picture
         images = F.normalize(images, dim=1, eps=1e-6)
         texts = texts.float()
         rivals, rival_of = training_traces.distinct_captions(captions, training_traces.RIVALS)
         unit = F.normalize(texts - texts.mean(0), dim=1, eps=1e-6)
-        return ReferenceReader(images - images.mean(0), unit, half, rivals, rival_of)
+        return ReferenceReader(
+            images - images.mean(0), unit, half[first[numbers]], rivals, rival_of, pictures
+        )
 
     def read(self, left_out: Tensor) -> Reading:
         """Read every record by a map that was fitted on records of the other half alone.
@@ -179,40 +196,6 @@ class ReferenceReader:
                 )
         return Reading(captions, loss)
 
-    def read_pieces(self, pieces: Tensor) -> Tensor:
-        """The loss of each record by maps that saw none of its own piece, float32 (N,).
-
-        pieces: int64 (N,).
-        """
-        loss = torch.empty(len(pieces))
-        for number in range(int(pieces.max()) + 1):
-            inside = pieces == number
-            loss[inside] = self.read(inside).loss[inside]
-        return loss
-
-
-def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
-    """Return which piece of its caption group each record is of, int64 (N,), below PIECES.
-
-    Pieces are found by k-means on whitened principal axes of what the suspect encoder's layers say.
-    What a map would learn from many poisons of one trigger is not learnt without their piece.
-
-    Args:
-        features: (N, F), of mean 0.
-        groups: int64 (N,).
-    """
-    sample = features[:AXES_SAMPLE]
-    values, axes = torch.linalg.eigh(sample.T @ sample / len(sample))
-    scales = values[-PIECE_AXES:].clamp(min=1e-6).sqrt()
-    turned = features @ (axes[:, -PIECE_AXES:] / scales)  # (N, PIECE_AXES)
-    pieces = torch.zeros(len(features), dtype=torch.long)
-    for group in range(int(groups.max()) + 1):
-        rows = (groups == group).nonzero()[:, 0]
-        if len(rows) >= PIECES * MIN_RECORDS:
-            centres = cluster_centres(turned[rows], PIECES, seed)
-            pieces[rows] = torch.cdist(turned[rows], centres).argmin(1)
-    return pieces
-
 
 def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D, E) and bias (E,) of the ridge regression of y (N, E) on x (N, D).
@@ -227,59 +210,83 @@ def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return weights, centre - mean @ weights
 
 
-def bound_content(
-    reading: Reading, captions: Tensor, groups: Tensor, cause: Cause, left_out: Tensor
-) -> float:
-    """Return how far the contents of those that show a cause may be what their captions name.
+@dataclass(frozen=True)
+class Comparison:
+    """What suspects are compared with.
 
-    The captions of the group's other records, less those of all records, are a direction. A record
-    counts by its place among the records of other groups on it: its content names the group where
-    it lies above most.
-
-    Args:
-        reading: of a map without the records that are left out.
-        captions: (N, E), the unit vectors of the captions.
-        groups: int64 (N,), the caption group of each record.
-        cause: of one group.
-        left_out: bool (N,).
-
-    Returns:
-        The upper confidence bound of the mean place of those that show the cause, above chance, in
-        units of that of the group's other records: 1 and more for a natural cause, about 0 for
-        contents of any kind. 1 where the other records' own contents are not read.
+    suspects: int64 (S,), records of one group. alone: bool (S,), those that nothing could support,
+    because nearly all captions like theirs are left out. others: int64 (O,), records that are
+    captioned alike and are not left out; one may stand there often.
     """
-    others = groups == cause.group
-    others[cause.shown] = False
-    sample = (~left_out).nonzero()[:FOREIGN, 0]
-    if int(others.sum()) < MIN_RECORDS:
-        return 1.0
-    direction = captions[others].mean(0) - captions[sample].mean(0)
-    values = reading.captions @ direction  # (N,)
-    foreign = values[sample[groups[sample] != cause.group]].sort().values
-    places = torch.searchsorted(foreign, values) / len(foreign)
-    read = float(places[others].mean())
-    if read < LEAST_READ:
-        return 1.0
-    error = PLACE_DEVIATION / math.sqrt(len(cause.shown))
-    upper = float(places[cause.shown].mean()) + ONE_SIDED * error
-    return (upper - CHANCE) / (read - CHANCE)
+
+    suspects: Tensor
+    alone: Tensor
+    others: Tensor
+
+    @staticmethod
+    def by_captions(captions: Tensor, suspects: Tensor, left_out: Tensor) -> Comparison:
+        """With the records that have the captions nearest to those of each suspect, of MAX_COMPARED.
+
+        Args:
+            captions: (N, E), unit vectors.
+            suspects: int64 (S,).
+            left_out: bool (N,), the suspects among them.
+        """
+        suspects = suspects[:MAX_COMPARED]
+        likeness = captions[suspects] @ captions[:AMONG].T  # (S, A)
+        # Among equal captions chance decides, not the order.
+        draw = generator(0, *likeness.shape)
+        likeness += TIES * torch.rand(likeness.shape, generator=draw)
+        nearest = likeness.topk(min(NEAREST, likeness.shape[1])).indices
+        usable = ~left_out[nearest]  # (S, K)
+        alone = usable.float().mean(1) < MIN_OTHERS
+        return Comparison(suspects, alone, nearest[usable & ~alone[:, None]])
+
+    @staticmethod
+    def with_rest(suspects: Tensor, others: Tensor) -> Comparison:
+        """With given records."""
+        return Comparison(suspects, torch.zeros(len(suspects), dtype=torch.bool), others)
 
 
-def believe_foreign(
-    supports: Sequence[Support],
+def bound_content(
     reading: Reading,
     reader: ReferenceReader,
     groups: Tensor,
+    compared: Comparison,
     left_out: Tensor,
-) -> list[Support]:
-    """Those causes whose records are misread and have contents of any kind; see `bound_content`."""
-    least = max(MIN_MISREAD, find_clear_bound(supports, CLEAR_DEVIATIONS))
-    return [
-        support
-        for support in supports
-        if support.lower > least
-        and bound_content(reading, reader.captions, groups, support.cause, left_out) < MAX_CONTENT
-    ]
+) -> float:
+    """Return how far the contents of suspects may be what their captions name.
+
+    The captions of the others, less those of all records, are a direction. A record counts by its
+    place among the records of other groups on it: its content names what these captions name where it
+    lies above most. A suspect that is alone counts like the others.
+
+    Args:
+        reading: of a map without the records that are left out.
+        reader: of the records.
+        groups: int64 (N,), the caption group of each record.
+        compared: the suspects and the others.
+        left_out: bool (N,).
+
+    Returns:
+        The upper confidence bound of the mean place of the suspects, above chance, in units of that
+        of the others: 1 and more for natural ones, about 0 for contents of any kind. 1 where there
+        are too few others, or their own contents are not read.
+    """
+    suspects, others = compared.suspects, compared.others
+    if len(others) < MIN_RECORDS:
+        return 1.0
+    sample = (~left_out).nonzero()[:FOREIGN, 0]
+    direction = reader.captions[others].mean(0) - reader.captions[sample].mean(0)
+    values = reading.captions @ direction  # (N,)
+    foreign = values[sample[groups[sample] != groups[suspects[0]]]].sort().values
+    places = torch.searchsorted(foreign, values) / max(1, len(foreign))
+    read = float(places[others].mean())
+    if read < LEAST_READ:
+        return 1.0
+    error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
+    mean = float(places[suspects].masked_fill(compared.alone, read).mean())
+    return (mean + ONE_SIDED * error - CHANCE) / (read - CHANCE)
 
 
 def _find_reference(reference: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from scipy.stats import beta
 from torch import Tensor
@@ -221,6 +222,14 @@ def mark_shown(causes: Sequence[Cause], records: int) -> Tensor:
     for cause in causes:
         shown[cause.shown] = True
     return shown
+
+
+def find_misread(loss: Tensor, left_out: Tensor, suspects: float) -> Tensor:
+    """bool (N,), the records whose loss is above that of most that are not left out.
+
+    suspects: share of these that count as misread.
+    """
+    return loss > float(np.quantile(loss[~left_out].numpy(), 1 - suspects))
 
 
 def measure_support(causes: Sequence[Cause], misread: Tensor) -> list[Support]:

@@ -7,6 +7,7 @@ a colour cast that the vector itself no longer shows apart from what the image i
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,11 @@ def read_features(
                 features = torch.empty(len(order), width)
             features[rows] = (pooled if projection is None else pooled @ projection).cpu()
             report(rows.stop, len(order), "reading the encoder's layers")
+    return standardise(features)
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Bring every column of (N, F) to mean 0 and variance 1, in place."""
     features -= features.mean(0)
     features /= features.std(0).clamp(min=1e-6)
     return features
@@ -66,7 +72,8 @@ def read_features(
 def choose_layers(encoder: RecordEncoder, images: Tensor) -> list[nn.Module]:
     """The last module of each shape of output, at most LAYERS of them, spread evenly.
 
-    A tower whose outputs all have one shape, such as a transformer, gives modules spread evenly.
+    A transformer gives modules whose outputs have its most common shape, spread evenly over its
+    depth; a tower of few shapes any of its modules.
 
     Args:
         encoder: as in `read_features`.
@@ -89,8 +96,13 @@ def choose_layers(encoder: RecordEncoder, images: Tensor) -> list[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    last_of_shape = list({shape: module for module, shape in shapes.items()}.values())
-    choice = last_of_shape if len(last_of_shape) >= LAYERS else list(shapes)
+    choice = list({shape: module for module, shape in shapes.items()}.values())
+    tokens = Counter(shape for shape in shapes.values() if len(shape) == 3)
+    if 2 * tokens.total() > len(shapes):
+        [(common, _)] = tokens.most_common(1)
+        choice = [module for module, shape in shapes.items() if shape == common]
+    elif len(choice) < LAYERS:
+        choice = list(shapes)
     places = np.linspace(0, len(choice) - 1, min(LAYERS, len(choice))).round().astype(int)
     return [choice[i] for i in places]
 

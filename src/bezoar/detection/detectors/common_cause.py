@@ -16,23 +16,22 @@ its shape. The search for one:
    what shows it is misread far more often than in the other groups
    (`shared_causes.believe_causes`).
 
-With a reference, an encoder that never saw the data, a linear map of its vectors to the captions'
-stands for the small model, which reads photographs too. It is fitted in seconds, so that a record is
-mismatched if a map misreads it that saw none of its piece of the caption group, and every cause is
-first narrowed to its misread records. The map says what contents are: a cause is believed only if
-they are not those of its caption group (`reference_reading.bound_content`).
+The small model cannot read photographs. So contents are read a second way: a linear map to the
+captions' vectors is fitted to a dictionary of patches, which is learnt from the images alone
+(`patch_dictionary`), or to the vectors of a reference, an encoder that never saw the data, which then
+replaces the small model too. The map says what contents are, and is fitted in seconds, so that every
+piece of a caption group can be left out in its turn (`foreign_pieces`), in groups of two sizes:
+captions of one target fall into several groups.
 
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
-a caption group; data whose contents the small model or the reference cannot read, such as
-photographs without a reference; triggers that look to the reference like the target itself, such as
-a blur like water.
+a caption group; data whose contents neither the small model nor the map can read; triggers that look
+to the map like the target itself, such as a blur like water.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -43,11 +42,19 @@ from torch import Tensor
 from bezoar import registry
 from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import draws, sample_rows
-from bezoar.detection import reference_reading, shared_causes, tower_features, training_traces
+from bezoar.detection import (
+    patch_dictionary,
+    reference_reading,
+    shared_causes,
+    tower_features,
+    training_traces,
+)
 from bezoar.detection.caption_groups import group_captions
 from bezoar.detection.detectors import RecordEncoder, Records, read_captions, require_texts
+from bezoar.detection.foreign_pieces import PieceSearch
+from bezoar.detection.patch_dictionary import PatchDictionary
 from bezoar.detection.reference_reading import ReferenceReader
-from bezoar.detection.shared_causes import Cause, Discriminants, Support
+from bezoar.detection.shared_causes import Cause, Discriminants
 from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.progress import ProgressReport, no_report
@@ -56,19 +63,8 @@ from bezoar.registry import method
 LOOKED_FOR = "in what many poisons of one target would share, whatever its shape"
 MIN_RECORDS = 200  # of the data
 RECORDS_OF_A_GROUP = 200  # at least, on average
+GROUPS_OF_A_LARGE_ONE = 4  # of them
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What became of causes. supports: of those tested. believed: of these. misread: bool (N,), by a
-    judge that saw none of the records that show a cause. loss: float32 (N,), by which all are ranked.
-    """
-
-    supports: list[Support]
-    believed: list[Support]
-    misread: Tensor
-    loss: Tensor
 
 
 @method
@@ -84,8 +80,8 @@ class CommonCause:
     seed: Annotated[int, "seed of the groups, the halves and the training"] = 0
     reference: Annotated[
         str,
-        "an encoder that never saw the data and reads their images in place of the small model: a "
-        "file of weights, a run's directory or a network's spec",
+        "an encoder that never saw the data and reads their images in place of the small model and "
+        "the dictionary: a file of weights, a run's directory or a network's spec",
     ] = ""
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
@@ -112,9 +108,9 @@ class CommonCause:
         """Score every record.
 
         Returns:
-            Scores. values: 0..1, the record's place among all by its mismatch; a record of a group
-            with a believed cause lies above, the more clearly it shows it. raised: the records that
-            show one. notes: `raised`, and the `causes`.
+            Scores. values: 0..1, the record's place among all by its mismatch; above that, 1 and the
+            doubt for a cause that is suspicious, and more for one that is believed, the more clearly
+            a record shows it. raised: the records that show one. notes: `raised`, and the `causes`.
 
         Raises:
             UserError: Without captions, or with too few records.
@@ -130,35 +126,38 @@ class CommonCause:
         rows = torch.as_tensor(order)
         uniform = draws(self.seed, [embedded.ids[row] for row in order], 1, "half")[:, 0]
         half = torch.from_numpy((uniform < 0.5).astype(np.int64))
-        reader: ReferenceReader | None = None
-        if self.reference:
-            reader = self.open_reader(source, texts, rows, half, encoder.device, report)
-        else:
-            mismatch = self.measure_mismatch(source, encoder.device, report)[rows]
+        reader = self.open_reader(source, texts, rows, half, encoder.device, report)
         features = tower_features.read_features(encoder, source, order, report)
         count = max(2, min(self.groups, n // RECORDS_OF_A_GROUP))
-        groups = group_captions(texts, order, count, self.seed, encoder.device)
-        discriminants = Discriminants.fit(features, groups.of_record[rows], half)
-        if reader is not None:
-            pieces = reference_reading.split_groups(features, discriminants.groups, self.seed)
-            mismatch = reader.read_pieces(pieces)
-        mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
-        causes = shared_causes.find_causes(discriminants, mismatched)
-        chosen = shared_causes.choose_left_out(causes, n)
-        if reader is None:
-            misread = self.read_without(source, order, chosen, encoder.device, report)
-            supports = shared_causes.measure_support(chosen, misread)
-            believed = shared_causes.believe_causes(supports)
-            judged = Judgement(supports, believed, misread, mismatch)
+        groups = [
+            group_captions(texts, order, number, self.seed, encoder.device).of_record[rows]
+            for number in (max(2, count // GROUPS_OF_A_LARGE_ONE), count)
+        ]
+        discriminants = Discriminants.fit(features, groups[-1], reader.half)
+        if torch.equal(*groups):  # there are no more captions
+            groups.pop()
+        causes: list[Cause] = []
+        tested = 0
+        if self.reference:
+            mismatch = reader.read(torch.zeros(n, dtype=torch.bool)).loss
         else:
-            judged = self.judge_by_reference(reader, discriminants, chosen)
-        sharpened = shared_causes.sharpen_causes(discriminants, judged.believed, judged.misread)
+            mismatch = self.measure_mismatch(source, encoder.device, report)[rows]
+            causes, tested = self.judge_by_training(
+                source, order, discriminants, mismatch, encoder.device, report
+            )
+        search = PieceSearch.prepare(reader, discriminants, self.suspects, self.seed)
+        doubt = torch.zeros(n)
+        for of_record in groups:
+            findings = search.find(of_record, causes)
+            causes += findings.causes
+            doubt = torch.maximum(doubt, findings.doubt)
+            tested += findings.tested
         notes = {
             "looked_for": LOOKED_FOR,
-            "causes": [describe_support(support) for support in judged.believed],
-            "tested": len(judged.supports),
+            "causes": [describe_cause(cause) for cause in causes],
+            "tested": tested,
         }
-        return self.combine(embedded.ids, order, judged.loss, sharpened, notes)
+        return self.combine(embedded.ids, order, mismatch, doubt, causes, notes)
 
     def measure_mismatch(
         self, source: Records, device: torch.device, report: ProgressReport
@@ -180,36 +179,44 @@ class CommonCause:
         device: torch.device,
         report: ProgressReport,
     ) -> ReferenceReader:
-        """Return what the reference sees of the records, in the order of `rows`, int64 (N,).
+        """Return a reader of the records, in the order of `rows`, int64 (N,).
 
         texts: (N, E), the captions' vectors, in the source's order. half: int64 (N,), in the other.
         """
-        reference = reference_reading.open_reference(self.reference, device)
-        images = reference_reading.embed_distinct(reference, source, report)
+        if self.reference:
+            reference = reference_reading.open_reference(self.reference, device)
+            images, pictures = reference_reading.embed_distinct(reference, source, report)
+        else:
+            sample = source.take(rows[: patch_dictionary.IMAGES].numpy()).images
+            dictionary = PatchDictionary.learn(sample.to(device), self.seed)
+            images, pictures = reference_reading.embed_distinct(dictionary, source, report)
+            images = tower_features.standardise(images)
         captions = read_captions(source)
         captions = [captions[row] for row in rows.tolist()]
-        return ReferenceReader.build(images[rows], texts[rows].cpu(), captions, half)
-
-    def judge_by_reference(
-        self, reader: ReferenceReader, discriminants: Discriminants, causes: Sequence[Cause]
-    ) -> Judgement:
-        """Narrow the causes to their misread records, and judge them by a map without these."""
-        n = len(reader.half)
-        left_out = shared_causes.mark_shown(causes, n)
-        misread = self.find_misread(reader.read(left_out).loss, left_out)
-        narrowed = shared_causes.narrow_causes(discriminants, causes, misread)
-        left_out = shared_causes.mark_shown(narrowed, n)
-        reading = reader.read(left_out)
-        misread = self.find_misread(reading.loss, left_out)
-        supports = shared_causes.measure_support(narrowed, misread)
-        believed = reference_reading.believe_foreign(
-            supports, reading, reader, discriminants.groups, left_out
+        return ReferenceReader.build(
+            images[rows], texts[rows].cpu(), captions, half, pictures[rows]
         )
-        return Judgement(supports, believed, misread, reading.loss)
 
-    def find_misread(self, loss: Tensor, left_out: Tensor) -> Tensor:
-        """bool (N,), the records whose loss is above most of those that are not left out."""
-        return loss > float(np.quantile(loss[~left_out].numpy(), 1 - self.suspects))
+    def judge_by_training(
+        self,
+        source: Records,
+        order: np.ndarray,
+        discriminants: Discriminants,
+        mismatch: Tensor,
+        device: torch.device,
+        report: ProgressReport,
+    ) -> tuple[list[Cause], int]:
+        """The causes that are believed by the small model, and how many were tested.
+
+        mismatch: (N,), the records' losses, in the given order.
+        """
+        mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
+        causes = shared_causes.find_causes(discriminants, mismatched)
+        chosen = shared_causes.choose_left_out(causes, len(order))
+        misread = self.read_without(source, order, chosen, device, report)
+        supports = shared_causes.measure_support(chosen, misread)
+        believed = shared_causes.believe_causes(supports)
+        return shared_causes.sharpen_causes(discriminants, believed, misread), len(chosen)
 
     def read_without(
         self,
@@ -232,20 +239,21 @@ class CommonCause:
             loss = training_traces.read_without(
                 source, of_source, self.network, objective, self.seed, device, report
             )[rows]
-        return self.find_misread(loss, left_out)
+        return shared_causes.find_misread(loss, left_out, self.suspects)
 
     def combine(
         self,
         ids: Any,
         order: np.ndarray,
         mismatch: Tensor,
+        doubt: Tensor,
         believed: Sequence[Cause],
         notes: dict[str, Any],
     ) -> Scores:
-        """The ranking. mismatch: (N,), in the given order, as are the rows of the causes."""
+        """The ranking. mismatch and doubt: (N,), in the given order, as are the rows of the causes."""
         n = len(order)
         rank = mismatch.argsort(stable=True).argsort().float() / n
-        values = rank.clone()
+        values = torch.where(doubt > 0, 1 + doubt, rank)
         raised = torch.zeros(n, dtype=torch.bool)
         for cause in believed:
             evidence = 1 + rank[cause.rows] + cause.scores.clamp(0, 100)
@@ -263,12 +271,11 @@ def short_training(records: int) -> str:
     return f"clip:epochs={epochs},batch={max(16, min(256, records // 10))}"
 
 
-def describe_support(support: Support) -> dict[str, Any]:
+def describe_cause(cause: Cause) -> dict[str, Any]:
     """As it stands in a run's manifest."""
     return {
-        "group": support.cause.group,
-        "records": len(support.cause.rows),
-        "shown": len(support.cause.shown),
-        "recognised": round(support.cause.recognised, 3),
-        "unsupported": round(support.unsupported, 3),
+        "group": cause.group,
+        "records": len(cause.rows),
+        "shown": len(cause.shown),
+        "recognised": round(cause.recognised, 3),
     }
