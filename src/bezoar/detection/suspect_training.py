@@ -13,6 +13,7 @@ from typing import Any
 from bezoar.data.streams import RecordStream
 from bezoar.errors import UserError
 from bezoar.runs.estimates import pairs_per_second
+from bezoar.runs.run import Run
 
 MAX_PAIRS = 150_000  # drawn by the training, all epochs together, unless one pass takes more
 MAX_EPOCHS = 40
@@ -55,6 +56,17 @@ def limit_data(method: Any) -> Any:
         usual = source.usual_side() if isinstance(source, RecordStream) else None
         changes["size"] = min(method.size, SIDE, max(MIN_SIDE, usual or SIDE))
     return dataclasses.replace(method, **changes)
+
+
+def match_size(data: Any, suspects: Any) -> Any:
+    """The scanned data at the size of the images that the model was trained on.
+
+    Pixels that were enlarged and made smaller again are not those that it learnt.
+    """
+    size = getattr(suspects, "size", None)
+    if isinstance(data, Run) or size is None or not isinstance(data(), RecordStream):
+        return data
+    return dataclasses.replace(data, size=size)
 
 
 def plan_training(records: int, size: int, has_captions: bool) -> SuspectTraining:

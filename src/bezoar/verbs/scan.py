@@ -147,6 +147,7 @@ class Scan:
         verdict = [*decisions, left_out, "ranked.json names them", *source_sentences]
         job.notes = data.reading_notes() | {
             "records": len(data),
+            "size": data.source.size,
             "removed": len(ranking.removed),
             "deduplicated": len(ranking.surplus),
             "leaving": raising_detectors(ranking.by_detector, self.dedup),
@@ -273,6 +274,7 @@ class Scan:
             return encoder, untrained
         data = job.inputs["data"]
         suspects = data if isinstance(data, Run) else suspect_training.limit_data(data)
+        job.inputs["data"] = suspect_training.match_size(data, suspects)
         records = inputs.open_dataset(suspects).records
         captions = bool(len(records.captions))
         if self.detector == DEFAULT_DETECTORS and not captions:

@@ -25,6 +25,7 @@ from bezoar.data.files.writing import own_folder, remove_debris, remove_folder, 
 from bezoar.data.pairs import Pairs, Rows
 from bezoar.data.source import TEXT_COLUMNS, RecordIndex, Source, as_source
 from bezoar.data.stored_pairs import StoredImages, StoredPairs
+from bezoar.data.streams import RecordStream
 from bezoar.data.strings import Strings
 from bezoar.detection.corpus import columns, units
 from bezoar.detection.corpus.assembly import DONE, SKIPPED, assemble, remove_units
@@ -181,7 +182,11 @@ def _shared_entry(data: Any, by: Any, folder: Path, settings: Settings) -> Entry
 
 def reopen_corpus(run: Run) -> Corpus:
     """Open the corpus of a finished scan to look at its records; it has vectors, no encoder."""
-    return _open(units.open_source(run), Vectors(), own_folder(run.file(VECTORS)))
+    source = units.open_source(run)
+    size = run.manifest["notes"].get("size")  # at which its images were read
+    if isinstance(source, RecordStream) and isinstance(size, int) and 0 < size < source.size:
+        source.size = size
+    return _open(source, Vectors(), own_folder(run.file(VECTORS)))
 
 
 def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
