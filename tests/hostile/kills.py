@@ -45,7 +45,7 @@ from bezoar.training import loop
 
 SECONDS = 180  # for one run
 LINES = 3  # that a refusal may take
-PROGRESS = re.compile(r"\w+: [\d.]+ s|")
+PROGRESS = re.compile(r"[\w ]+: [\d.]+ s|")
 NOW = time.gmtime(1_800_000_000)
 TINY = "tower:width=4,dim=8"
 SIMCLR = "simclr:epochs=1,batch=32,hidden=8,dim=4"
