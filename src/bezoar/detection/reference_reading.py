@@ -296,6 +296,7 @@ def bound_content(
     groups: Tensor,
     compared: Comparison,
     left_out: Tensor,
+    deviations: float = ONE_SIDED,
 ) -> float:
     """Return how far the contents of suspects may be what their captions name.
 
@@ -309,6 +310,7 @@ def bound_content(
         groups: int64 (N,), the caption group of each record.
         compared: the suspects and the others.
         left_out: bool (N,).
+        deviations: of the mean, up to the bound.
 
     Returns:
         The upper confidence bound of the mean place of the suspects, above chance, in units of that
@@ -328,7 +330,7 @@ def bound_content(
         return 1.0
     error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
     mean = float(places[suspects].masked_fill(compared.alone, read).mean())
-    return (mean + ONE_SIDED * error - CHANCE) / (read - CHANCE)
+    return (mean + deviations * error - CHANCE) / (read - CHANCE)
 
 
 def believe_foreign(
