@@ -11,7 +11,9 @@ from sklearn.linear_model import Ridge
 
 from bezoar import Scan, Settings, Train, execute, registry
 from bezoar.detection import reference_reading, training_traces
+from bezoar.detection.detectors.common_cause import CommonCause
 from bezoar.detection.reference_reading import Comparison, Reading, ReferenceReader, fit_ridge
+from bezoar.detection.shared_causes import Discriminants
 from bezoar.errors import UserError
 from bezoar.reports.run_page import build_page
 
@@ -78,6 +80,20 @@ def test_no_record_has_a_part_in_its_own_reading():
     assert torch.allclose(reading.captions[first], plain, atol=1e-4)
 
 
+def test_records_are_read_without_their_own_piece():
+    reader, group, poisons = draw_reader()
+    features = torch.randn(len(group), 60, generator=torch.Generator().manual_seed(2))
+    features[poisons, :3] += 6
+    pieces = reference_reading.split_groups(features - features.mean(0), group, 0)
+    assert set(pieces.tolist()) == {0, 1, 2, 3}
+    common = pieces[poisons].mode().values
+    assert (pieces[poisons] == common).float().mean() > 0.95
+    loss = reader.read_pieces(pieces)
+    for number in range(4):
+        inside = pieces == number
+        assert torch.equal(loss[inside], reader.read(inside).loss[inside])
+
+
 def test_contents_count_by_their_place_among_other_groups():
     reader, group, poisons = draw_reader()
     left_out = torch.zeros(len(group), dtype=torch.bool)
@@ -132,6 +148,28 @@ def test_the_others_are_those_with_the_most_like_captions():
     assert set(like.others.tolist()) == set(range(20, 80))  # of 50 nearest, equal ones first
     assert (torch.bincount(like.others, minlength=200)[20:40] == 20).all()
     assert like.alone.tolist() == [False] * 20 + [True] * 40
+
+
+@pytest.mark.parametrize("is_attacked", [True, False])
+def test_a_planted_trigger_is_believed_and_no_natural_cause(is_attacked):
+    reader, group, poisons = draw_reader(n=6000, groups=20)
+    if not is_attacked:  # what they share is natural: their captions are those of their images
+        reader = replace(reader, images=reader.images.clone())
+        like = (group == 0).nonzero()[:, 0]
+        like = like[~torch.isin(like, poisons)]
+        reader.images[poisons] = reader.images[like[: len(poisons)]]
+    random = torch.Generator().manual_seed(1)
+    content = group.clone()
+    content[poisons] = torch.arange(len(poisons)) % 20
+    features = torch.randn(len(group), 40, generator=random)
+    features += 0.2 * torch.randn(20, 40, generator=random)[content]  # natural causes, to compare
+    features[poisons, :2] += 6
+    discriminants = Discriminants.fit(features, group, reader.half)
+    causes, tested, loss = CommonCause().judge_by_reference(reader, discriminants)
+    assert {cause.group for cause in causes} == ({0} if is_attacked else set())
+    assert tested >= len(causes) and loss.shape == group.shape
+    if is_attacked:
+        assert torch.isin(causes[0].shown, poisons).float().mean() > 0.8
 
 
 class Counting(torch.nn.Module):

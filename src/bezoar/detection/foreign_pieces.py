@@ -31,6 +31,7 @@ AXES_SAMPLE = 1 << 14  # records that the axes are found on, at most
 SUSPICIOUS = 0.7  # bound of a piece's contents, in units of those of the rest of its group
 # of a believed cause
 MAX_CONTENT = 0.4  # bound of its contents
+DEVIATIONS = 3.09  # of that bound: one in a thousand, for about a hundred causes are tested
 MIN_MISREAD = 0.5  # lower bound of the share of its records that is misread
 MIN_PICTURES = 30  # that show it; fewer may be one series of natural pictures
 
@@ -158,7 +159,9 @@ class PieceSearch:
         for support in shared_causes.measure_support(causes, misread):
             shown = support.cause.shown
             like = Comparison.by_captions(self.reader.captions, shown, left_out)
-            content = bound_content(reading, self.reader, discriminants.groups, like, left_out)
+            content = bound_content(
+                reading, self.reader, discriminants.groups, like, left_out, DEVIATIONS
+            )
             if content < SUSPICIOUS:
                 doubt[shown] = doubt[shown].clamp(min=1 - content)
             pictures = len(self.reader.pictures[shown].unique())

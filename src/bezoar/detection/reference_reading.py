@@ -22,9 +22,10 @@ from bezoar import registry
 from bezoar.data.randomness import generator
 from bezoar.detection import tower_features, training_traces
 from bezoar.detection.detectors import Records
-from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS
+from bezoar.detection.shared_causes import FOREIGN, MIN_RECORDS, Support, find_clear_bound
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
+from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
@@ -37,6 +38,13 @@ MAX_FITTED = 1 << 16  # records that a map is fitted on, at most
 CHANCE = 0.5  # mean place of records whose content says nothing of the group
 PLACE_DEVIATION = 1 / math.sqrt(12)  # of such places
 ONE_SIDED = 1.645  # deviations of a one-sided bound of 95 %
+# of a believed cause, where a reference reads
+MIN_MISREAD = 0.6  # lower bound of the share that is misread, of .15 of all records
+CLEAR_DEVIATIONS = 1.5  # by which that bound lies above the other groups'
+MAX_CONTENT = 0.4  # upper bound of its contents, in units of those of the group's other records
+PIECES = 4  # of a caption group
+PIECE_AXES = 48  # principal axes of the features that pieces are found on
+AXES_SAMPLE = 1 << 14  # records that the axes are found on, at most
 LEAST_READ = 0.6  # mean place of the others, below which nothing is said of a cause
 NEAREST = 50  # records with the most like captions
 MIN_OTHERS = 0.25  # share of them that are not left out
@@ -196,6 +204,40 @@ class ReferenceReader:
                 )
         return Reading(captions, loss)
 
+    def read_pieces(self, pieces: Tensor) -> Tensor:
+        """The loss of each record by maps that saw none of its own piece, float32 (N,).
+
+        pieces: int64 (N,).
+        """
+        loss = torch.empty(len(pieces))
+        for number in range(int(pieces.max()) + 1):
+            inside = pieces == number
+            loss[inside] = self.read(inside).loss[inside]
+        return loss
+
+
+def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
+    """Return which piece of its caption group each record is of, int64 (N,), below PIECES.
+
+    Pieces are found by k-means on whitened principal axes of what the suspect encoder's layers say.
+    What a map would learn from many poisons of one trigger is not learnt without their piece.
+
+    Args:
+        features: (N, F), of mean 0.
+        groups: int64 (N,).
+    """
+    sample = features[:AXES_SAMPLE]
+    values, axes = torch.linalg.eigh(sample.T @ sample / len(sample))
+    scales = values[-PIECE_AXES:].clamp(min=1e-6).sqrt()
+    turned = features @ (axes[:, -PIECE_AXES:] / scales)  # (N, PIECE_AXES)
+    pieces = torch.zeros(len(features), dtype=torch.long)
+    for group in range(int(groups.max()) + 1):
+        rows = (groups == group).nonzero()[:, 0]
+        if len(rows) >= PIECES * MIN_RECORDS:
+            centres = cluster_centres(turned[rows], PIECES, seed)
+            pieces[rows] = torch.cdist(turned[rows], centres).argmin(1)
+    return pieces
+
 
 def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (D, E) and bias (E,) of the ridge regression of y (N, E) on x (N, D).
@@ -254,6 +296,7 @@ def bound_content(
     groups: Tensor,
     compared: Comparison,
     left_out: Tensor,
+    deviations: float = ONE_SIDED,
 ) -> float:
     """Return how far the contents of suspects may be what their captions name.
 
@@ -267,6 +310,7 @@ def bound_content(
         groups: int64 (N,), the caption group of each record.
         compared: the suspects and the others.
         left_out: bool (N,).
+        deviations: of the mean, up to the bound.
 
     Returns:
         The upper confidence bound of the mean place of the suspects, above chance, in units of that
@@ -286,7 +330,27 @@ def bound_content(
         return 1.0
     error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
     mean = float(places[suspects].masked_fill(compared.alone, read).mean())
-    return (mean + ONE_SIDED * error - CHANCE) / (read - CHANCE)
+    return (mean + deviations * error - CHANCE) / (read - CHANCE)
+
+
+def believe_foreign(
+    supports: Sequence[Support],
+    reading: Reading,
+    reader: ReferenceReader,
+    groups: Tensor,
+    left_out: Tensor,
+) -> list[Support]:
+    """Those causes whose records are misread and have contents of any kind; see `bound_content`."""
+    least = max(MIN_MISREAD, find_clear_bound(supports, CLEAR_DEVIATIONS))
+    believed = []
+    for support in supports:
+        others = groups == support.cause.group
+        others[support.cause.shown] = False
+        compared = Comparison.with_rest(support.cause.shown, others.nonzero()[:, 0])
+        content = bound_content(reading, reader, groups, compared, left_out)
+        if support.lower > least and content < MAX_CONTENT:
+            believed.append(support)
+    return believed
 
 
 def _find_reference(reference: str) -> Any:

@@ -18,10 +18,14 @@ its shape. The search for one:
 
 The small model cannot read photographs. So contents are read a second way: a linear map to the
 captions' vectors is fitted to a dictionary of patches, which is learnt from the images alone
-(`patch_dictionary`), or to the vectors of a reference, an encoder that never saw the data, which then
-replaces the small model too. The map says what contents are, and is fitted in seconds, so that every
-piece of a caption group can be left out in its turn (`foreign_pieces`), in groups of two sizes:
-captions of one target fall into several groups.
+(`patch_dictionary`). The map says what contents are, and is fitted in seconds, so that every piece of
+a caption group can be left out in its turn (`foreign_pieces`), in groups of two sizes: captions of one
+target fall into several groups. It needs MIN_PICTURES pictures.
+
+With a reference, an encoder that never saw the data, a map from its vectors stands for the small model
+and for the dictionary. A record is mismatched if a map misreads it that saw none of its piece of the
+caption group, and every cause is first narrowed to its misread records. It is believed only if its
+contents are not those of its caption group (`reference_reading.believe_foreign`).
 
 Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
 a caption group; data whose contents neither the small model nor the map can read; triggers that look
@@ -64,6 +68,7 @@ LOOKED_FOR = "in what many poisons of one target would share, whatever its shape
 MIN_RECORDS = 200  # of the data
 RECORDS_OF_A_GROUP = 200  # at least, on average
 GROUPS_OF_A_LARGE_ONE = 4  # of them
+MIN_PICTURES = 4000  # that a map from the dictionary reads contents by
 EXPOSURES = 40000  # pairs that the small model sees, at least two passes over the data
 
 
@@ -126,32 +131,29 @@ class CommonCause:
         rows = torch.as_tensor(order)
         uniform = draws(self.seed, [embedded.ids[row] for row in order], 1, "half")[:, 0]
         half = torch.from_numpy((uniform < 0.5).astype(np.int64))
-        reader = self.open_reader(source, texts, rows, half, encoder.device, report)
         features = tower_features.read_features(encoder, source, order, report)
         count = max(2, min(self.groups, n // RECORDS_OF_A_GROUP))
         groups = [
             group_captions(texts, order, number, self.seed, encoder.device).of_record[rows]
             for number in (max(2, count // GROUPS_OF_A_LARGE_ONE), count)
         ]
+        reader = self.open_reader(source, texts, rows, half, encoder.device, report)
         discriminants = Discriminants.fit(features, groups[-1], reader.half)
-        if torch.equal(*groups):  # there are no more captions
-            groups.pop()
-        causes: list[Cause] = []
-        tested = 0
+        doubt = torch.zeros(n)
         if self.reference:
-            mismatch = reader.read(torch.zeros(n, dtype=torch.bool)).loss
+            causes, tested, mismatch = self.judge_by_reference(reader, discriminants)
         else:
             mismatch = self.measure_mismatch(source, encoder.device, report)[rows]
             causes, tested = self.judge_by_training(
                 source, order, discriminants, mismatch, encoder.device, report
             )
-        search = PieceSearch.prepare(reader, discriminants, self.suspects, self.seed)
-        doubt = torch.zeros(n)
-        for of_record in groups:
-            findings = search.find(of_record, causes)
-            causes += findings.causes
-            doubt = torch.maximum(doubt, findings.doubt)
-            tested += findings.tested
+        if not self.reference and len(reader.pictures.unique()) >= MIN_PICTURES:
+            search = PieceSearch.prepare(reader, discriminants, self.suspects, self.seed)
+            for of_record in groups[1:] if torch.equal(*groups) else groups:
+                findings = search.find(of_record, causes)
+                causes += findings.causes
+                doubt = torch.maximum(doubt, findings.doubt)
+                tested += findings.tested
         notes = {
             "looked_for": LOOKED_FOR,
             "causes": [describe_cause(cause) for cause in causes],
@@ -185,7 +187,8 @@ class CommonCause:
         """
         if self.reference:
             reference = reference_reading.open_reference(self.reference, device)
-            images, pictures = reference_reading.embed_distinct(reference, source, report)
+            images, _ = reference_reading.embed_distinct(reference, source, report)
+            pictures = torch.arange(len(rows))
         else:
             sample = source.take(rows[: patch_dictionary.IMAGES].numpy()).images
             dictionary = PatchDictionary.learn(sample.to(device), self.seed)
@@ -196,6 +199,35 @@ class CommonCause:
         return ReferenceReader.build(
             images[rows], texts[rows].cpu(), captions, half, pictures[rows]
         )
+
+    def judge_by_reference(
+        self, reader: ReferenceReader, discriminants: Discriminants
+    ) -> tuple[list[Cause], int, Tensor]:
+        """Narrow causes to their misread records, and judge them by a map without these.
+
+        Returns:
+            Those that are believed, how many were tested, and how badly the map reads, (N,).
+        """
+        n = len(reader.half)
+        pieces = reference_reading.split_groups(
+            discriminants.features, discriminants.groups, self.seed
+        )
+        mismatch = reader.read_pieces(pieces)
+        mismatched = mismatch > float(np.quantile(mismatch.numpy(), 1 - self.suspects))
+        causes = shared_causes.find_causes(discriminants, mismatched)
+        causes = shared_causes.choose_left_out(causes, n)
+        left_out = shared_causes.mark_shown(causes, n)
+        misread = shared_causes.find_misread(reader.read(left_out).loss, left_out, self.suspects)
+        causes = shared_causes.narrow_causes(discriminants, causes, misread)
+        left_out = shared_causes.mark_shown(causes, n)
+        reading = reader.read(left_out)
+        misread = shared_causes.find_misread(reading.loss, left_out, self.suspects)
+        supports = shared_causes.measure_support(causes, misread)
+        believed = reference_reading.believe_foreign(
+            supports, reading, reader, discriminants.groups, left_out
+        )
+        sharpened = shared_causes.sharpen_causes(discriminants, believed, misread)
+        return sharpened, len(supports), reading.loss
 
     def judge_by_training(
         self,
