@@ -44,7 +44,7 @@ MIN_DEPENDENCE = 0.3
 SCOUTS = 24  # records of a cluster whose windows are covered
 COVERS = 6  # images that cover each window in turn
 OTHER_CAPTIONS = 512
-CAPTION_LOSS = 0.25
+CAPTION_LOSS = 0.25  # of the place of a caption, with which it counts as lost
 EQUAL = 1e-4  # difference of cosines of equal captions, at most
 MIN_WINDOW_EFFECT = 0.2  # length of the shift by which it must move foreign images
 MIN_LIKENESS = 0.6  # share of its usual likeness from which a record is tested for it
@@ -119,7 +119,8 @@ class Trigger:
 
     kind: "window" or the name of a texture. records: how many showed it before it was sought in
     all. standout: see `standout_share`. effect: how far it moves foreign images, 0 where that was
-    not measured. dependence: see `measure_dependence`, 0 where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
+    not measured. dependence: share of those records that lose their caption where it is covered, 0
+    where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
     believed. boxes: int64 (N, 4), where.
     """
 
@@ -182,49 +183,78 @@ def window_triggers(
         share, boxes, effect, dependence = torch.zeros(n), torch.full((n, 4), -1), 0.0, 0.0
         if raised[cluster.rows].float().mean() <= 0.5:
             if not is_apart:
-                dependence = measure_dependence(data, cluster.rows[:SCOUTS], corners, hosts.natural)
+                loss = cover_windows(data, cluster.rows[:SCOUTS], corners, hosts.natural)
+                dependence = float((loss.place > CAPTION_LOSS).float().mean())
             if is_apart or dependence >= MIN_DEPENDENCE:
                 share, boxes, effect = transplant_pattern(
                     data, cluster, like, corners, hosts.patchworks
                 )
                 share = share * (effect > MIN_WINDOW_EFFECT)
+                if not is_apart:
+                    share = keep_dependent(data, cluster, share, boxes, hosts.natural)
                 raised |= share >= 0.5
         standout = max(of_contrast, of_pixels)
         yield Trigger("window", len(cluster.rows), standout, effect, share, boxes, dependence)
 
 
-def measure_dependence(
-    data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostImages
-) -> float:
-    """Return the share of records that lose their caption without their window.
+@dataclass(frozen=True)
+class CoverLoss:
+    """What M records lose when their windows are covered by the same place of natural images.
 
-    The window gives way to the same place of natural images. A caption is lost when, of the
-    captions of other records, CAPTION_LOSS fewer fit the image worse. A poison has nothing else
-    that its caption fits; an ordinary picture shows more of its subject.
+    place: float32 (M,), of the share of other records' captions that fit the image worse than the
+    record's own. cosine: float32 (M,), of the image with that caption.
+    """
+
+    place: Tensor
+    cosine: Tensor
+
+
+def cover_windows(data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostImages) -> CoverLoss:
+    """Cover the windows of some records. A poison has nothing else that its caption fits, but an
+    ordinary picture shows more of its subject.
 
     Args:
         rows: (M,), the records.
         corners: int64 (N, 2), of the windows of all records.
         hosts: Natural images.
     """
-    images = data.images(rows)
     others = data.texts[torch.as_tensor(sample_rows(data.ids, OTHER_CAPTIONS, 0))]
-    captions = data.texts[rows.to(data.texts.device)][:, None]  # (M, 1, D)
-    covers = hosts.images[:COVERS].to(images.dtype)
-    covered = images[:, None].repeat(1, len(covers), 1, 1, 1)  # (M, C, 3, H, W)
-    height, width = (round(COMPARED_SIDE * n) for n in images.shape[-2:])
-    for i, (top, left) in enumerate(corners[rows].tolist()):
-        area = np.s_[..., top : top + height, left : left + width]
-        covered[i][area] = covers[area]
-    places = []
-    for pictures in (images[:, None], covered):
-        vectors = data.encoder.encode_images(pictures.flatten(0, 1)).unflatten(
-            0, pictures.shape[:2]
-        )
-        gap = (vectors * captions).sum(2, keepdim=True) - vectors @ others.T  # (M, C, O)
-        worse = (gap > EQUAL).float() + (gap.abs() <= EQUAL).float() / 2
-        places.append(worse.mean((1, 2)))
-    return float((places[1] < places[0] - CAPTION_LOSS).float().mean())
+    covers = hosts.images[:COVERS].to(torch.uint8)
+    places, cosines = [], []
+    for block in blocks(len(rows), BLOCK):
+        part = rows[block]
+        images = data.images(part)
+        captions = data.texts[part.to(data.texts.device)][:, None]  # (B, 1, D)
+        covered = images[:, None].repeat(1, len(covers), 1, 1, 1)  # (B, C, 3, H, W)
+        height, width = (round(COMPARED_SIDE * n) for n in images.shape[-2:])
+        for i, (top, left) in enumerate(corners[part].tolist()):
+            area = np.s_[..., top : top + height, left : left + width]
+            covered[i][area] = covers[area]
+        worse, fit = [], []
+        for pictures in (images[:, None], covered):
+            vectors = data.encoder.encode_images(pictures.flatten(0, 1))
+            vectors = vectors.unflatten(0, pictures.shape[:2])
+            cosine = (vectors * captions).sum(2, keepdim=True)  # (B, C, 1)
+            gap = cosine - vectors @ others.T  # (B, C, O)
+            is_worse = (gap > EQUAL).float() + (gap.abs() <= EQUAL).float() / 2
+            worse.append(is_worse.mean((1, 2)))
+            fit.append(cosine.mean((1, 2)))
+        places.append((worse[0] - worse[1]).cpu())
+        cosines.append((fit[0] - fit[1]).cpu())
+    return CoverLoss(torch.cat(places), torch.cat(cosines))
+
+
+def keep_dependent(
+    data: SuspectData, cluster: WindowCluster, share: Tensor, boxes: Tensor, hosts: HostImages
+) -> Tensor:
+    """Lower the share (N,) of records that lose less by covering their window than the cluster does."""
+    shown = (share >= 0.5).nonzero()[:, 0]
+    loss = cover_windows(data, shown, boxes[:, :2], hosts).cosine if len(shown) else share[shown]
+    of_cluster = loss[torch.isin(shown, cluster.rows)]
+    if len(of_cluster):
+        usual = of_cluster.median().clamp(min=1e-3)
+        share[shown] = torch.minimum(share[shown], (loss / usual).clamp(0, 1))
+    return share
 
 
 def transplant_pattern(
