@@ -188,18 +188,16 @@ def blend_evidence(
         return {}, 0
     counted = shares[reached]
     least, median = int(shares.where(reached, torch.inf).argmin()), counted.quantile(0.5)
-    ratio = (median / shares[least]).log()
+    ratio = float((median / shares[least]).log())
     p = outlier_p_value(counted.log(), 2 * len(names), capped=True)
     what = f"{len(counted)} blends, {n} clean images"
     facts = {
         "blend_ratio": (ratio, "log(median share / least share) of a pattern that is blended in"),
         "blend_p": (p, "chance of so small a least share, by Student's law fitted to the others"),
-        "least_blend": (shares[least], f"share of the least pattern, of {names[least]!r}"),
-        "median_blend": (median, "share of the median pattern"),
+        "least_blend": (float(shares[least]), f"share of the least pattern, of {names[least]!r}"),
+        "median_blend": (float(median), "share of the median pattern"),
     }
-    evidence = {
-        key: exact_measure(float(x), n, f"{how}; {what}") for key, (x, how) in facts.items()
-    }
+    evidence = {key: exact_measure(x, n, f"{how}; {what}") for key, (x, how) in facts.items()}
     evidence["blend_success"] = proportion(
         round(float(blends.success[least]) * n),
         n,

@@ -111,7 +111,7 @@ class Decree:
         """Images that go through the encoder, at most."""
         images = images if self.searches_in_full(cost.side) else min(images, QUICK_IMAGES)
         recipe = self.recipe(self.goal or 0.5, cost.side)
-        survivors = -(-recipe.starts // 2**recipe.halvings)
+        survivors = -(-recipe.starts // (1 << recipe.halvings))
         return recipe.image_passes() + (1 + survivors) * images
 
     def __call__(
