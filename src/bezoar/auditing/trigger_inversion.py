@@ -315,7 +315,7 @@ def invert_triggers(
     grid = recipe.grid_size(height, width)
     u = initial_parameters(count, *grid, seed, recipe.centred, recipe.window, recipe.even)
     search = TriggerSearch(u.to(tower.device, tower.dtype), recipe, aims)
-    further = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
+    confirming = draw_batch(clean, recipe.confirm, seed, -1, search.u) if recipe.confirm else None
     halving_steps = recipe.halving_steps()
     for step in range(recipe.steps):
         halvings = sum(step >= halving for halving in halving_steps)
@@ -323,22 +323,15 @@ def invert_triggers(
         grad, success, norm = compute_gradients(search, x, tower, objective)
         if step == 0 and not bool(torch.isfinite(grad).all()):
             raise UserError(NOT_FINITE)
-        if further is None:
+        if confirming is None:
             search.record(success, norm)
         else:
             search.update_weights(success >= recipe.goal)
             if (step + 1) % CHECK_EVERY == 0:
-                confirming = further[: recipe.confirm_size(halvings)]
                 confirm_triggers(search, success, norm, confirming, tower, objective)
         search.adam_step(grad, step)
         if step + 1 in halving_steps:
             search.halve()
-            if further is not None and recipe.growing:
-                confirming = further[: recipe.confirm_size(halvings + 1)]
-                best = search.best_u[search.indices]
-                search.doubt_best(
-                    success_on(tower, best, search.running_aims, confirming, objective)
-                )
         if (step + 1) % CHECK_EVERY == 0:
             report(step + 1, recipe.steps, f"{len(search)} of {count} searches still run")
             search.drop_finished()

@@ -52,7 +52,7 @@ class InversionRecipe:
         growing: twice as many images a step after every halving.
         confirm: clean images, the same at every step, that a trigger must succeed on too before it
             counts; 0: it counts by the images of its step alone, and of many steps the luckiest
-            wins. Where the batch is growing, half as many before each halving.
+            wins.
         window: start from a square of this share of the sides, at a place that is drawn; 0: from noise.
         cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
             a pixel. While the search lasts, norms and weights are of cells.
@@ -107,16 +107,11 @@ class InversionRecipe:
         """The images of a step after so many halvings: the fewer searches, the more images."""
         return self.batch << halvings if self.growing else self.batch
 
-    def confirm_size(self, halvings: int) -> int:
-        """The further images that a trigger must succeed on after so many halvings; all of them after the last."""
-        return self.confirm >> (self.halvings - halvings) if self.growing else self.confirm
-
     def image_passes(self) -> int:
         """Images that the searches for one aim pass through a tower; a gradient counts as two."""
         passes, searches, bounds = 0, self.starts, (0, *self.halving_steps(), self.steps)
         for halvings, (first, last) in enumerate(itertools.pairwise(bounds)):
-            confirming = self.confirm_size(halvings) // CHECK_EVERY
-            a_step = GRADIENT_PASSES * self.batch_size(halvings) + confirming
+            a_step = GRADIENT_PASSES * self.batch_size(halvings) + self.confirm // CHECK_EVERY
             passes += searches * (last - first) * a_step
             searches = -(-searches // 2)
         return passes
@@ -259,12 +254,6 @@ class TriggerSearch:
         self.idle_steps = torch.where(progress, 0, self.idle_steps + 1)
         self.best_norm[self.indices] = torch.where(reached, norm.minimum(best_norm), best_norm)
         self.best_success[self.indices] = success.maximum(best_success)
-
-    def doubt_best(self, success: Tensor) -> None:
-        """Take note of the running searches' best triggers' success (g,) on more images than before."""
-        missed = self.indices[success < self.recipe.goal]
-        self.best_norm[missed] = torch.inf
-        self.best_success[self.indices] = success
 
     def candidates(self, success: Tensor, norm: Tensor) -> Tensor:
         """Which triggers would become the best ones if their success were confirmed, bool (g,)."""
