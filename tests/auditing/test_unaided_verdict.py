@@ -191,13 +191,13 @@ def test_an_audit_says_what_its_verdict_can_be():
 def test_the_cost_counts_every_image():
     """4 searches on 8 images, 2 on 16, 1 on 32: 30 steps each; and blends."""
     cleanse = registry.make("audit", "cleanse")
-    steps = 30 * (4 * (16 + 3) + 2 * (32 + 6) + 64 + 12)
+    steps = 30 * (4 * (16 + 12) + 2 * (32 + 12) + 64 + 12)
     assert cleanse.recipe().image_passes() == steps
     blends = 50 * (2 * 16 + 6)
     assert cleanse.image_passes(100, 10, SMALL) == 10 * (steps + blends + 2 * 100)
     # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches each on 64
     sweep = 16 * 8 * 8 + 16 * (16 + 1 + 24)
-    few = 10 * (50 * 2 * (8 + 1) + 50 * (16 + 3) + 64)
+    few = 10 * (50 * 2 * (8 + 3) + 50 * (16 + 3) + 64)
     assert cleanse.image_passes(512, 1000, LARGE) == sweep + few
     assert cleanse.image_passes(512, 10, LARGE) == few, (
         "no sweep where all classes are searched for"
