@@ -185,15 +185,18 @@ def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> Matches:
     squares = F.conv2d(x.square().sum(1, keepdim=True), stable)
     products = F.conv2d(x, centred)
     energy = (squares - sums.square() / count).maximum(1e-2 * count)
+    likeness = products / (length * energy.sqrt())
     of_pattern = (pixels.square() * stable).sum((1, 2, 3)).view(1, -1, 1, 1)
-    difference = ((squares - 2 * (products + mean * sums) + of_pattern).clamp(min=0) / count).sqrt()
-    is_flat = 127.5 * length / count.sqrt() < FLAT
-    likeness = torch.where(is_flat, 1 - difference, products / (length * energy.sqrt()))
+    distance = squares - 2 * (products + mean * sums) + of_pattern
+    is_flat = (127.5 * length / count.sqrt() < FLAT).flatten()
+    if is_flat.any():
+        likeness[:, is_flat] = 1 - (distance / count).clamp(min=0).sqrt()[:, is_flat]
     value, place = likeness.flatten(2).max(2)
     positions = x.shape[-1] - w + 1
     top, left = place // positions - h // 2, place % positions - w // 2
     corners = torch.stack([top.clamp(0, height - h), left.clamp(0, width - w)], 2)
-    return Matches(value, corners, 127.5 * difference.flatten(2).amin(2))
+    least = (distance.flatten(2).amin(2) / count.flatten(1)).clamp(min=0)
+    return Matches(value, corners, 127.5 * least.sqrt())
 
 
 def refine_pattern(images: Tensor, pattern: Pattern, rounds: int = 2) -> Pattern:
