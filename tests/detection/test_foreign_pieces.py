@@ -1,11 +1,9 @@
 """Pieces of caption groups with foreign contents: planted ones, natural ones, and the dictionary that reads."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from detection.test_reference_reading import draw_reader
+from detection.test_reference_reading import draw_reader, show_captions
 
 from bezoar import registry
 from bezoar.detection import patch_dictionary, shared_causes
@@ -21,10 +19,7 @@ def prepare_search(is_attacked):
     """
     reader, group, poisons = draw_reader()
     if not is_attacked:
-        reader = replace(reader, images=reader.images.clone())
-        like = (group == 0).nonzero()[:, 0]
-        like = like[~torch.isin(like, poisons)]
-        reader.images[poisons] = reader.images[like[: len(poisons)]]
+        reader = show_captions(reader, group, poisons)
     random = torch.Generator().manual_seed(1)
     content = group.clone()
     content[poisons] = torch.arange(len(poisons)) % 6

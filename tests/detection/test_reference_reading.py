@@ -61,6 +61,15 @@ def draw_reader(n=2400, groups=6, seed=0):
     return reader, caption, poisons
 
 
+def show_captions(reader, group, poisons):
+    """The reader with other images of group 0 in place of the poisons': their captions are true."""
+    images = reader.images.clone()
+    like = (group == 0).nonzero()[:, 0]
+    like = like[~torch.isin(like, poisons)]
+    images[poisons] = images[like[: len(poisons)]]
+    return replace(reader, images=images)
+
+
 def test_no_record_has_a_part_in_its_own_reading():
     reader, _, poisons = draw_reader()
     left_out = torch.zeros(len(reader.half), dtype=torch.bool)
@@ -106,7 +115,7 @@ def test_contents_count_by_their_place_among_other_groups():
     assert set(like.others.tolist()) <= set(others.tolist()) and not like.alone.any()
 
     def bound(compared):
-        return reference_reading.bound_content(reading, reader, group, compared, left_out)
+        return reference_reading.bound_content(reading.captions, reader, group, compared, left_out)
 
     def measure(rows):
         return bound(Comparison.with_rest(rows, others))
@@ -134,7 +143,7 @@ def test_nothing_is_said_of_a_group_whose_contents_are_not_read():
     left_out = torch.zeros(len(group), dtype=torch.bool)
     for others in (members[1::3], members[:0]):
         compared = Comparison.with_rest(members[::3], others)
-        bound = reference_reading.bound_content(reading, reader, group, compared, left_out)
+        bound = reference_reading.bound_content(reading.captions, reader, group, compared, left_out)
         assert bound == 1.0
 
 
@@ -154,10 +163,7 @@ def test_the_others_are_those_with_the_most_like_captions():
 def test_a_planted_trigger_is_believed_and_no_natural_cause(is_attacked):
     reader, group, poisons = draw_reader(n=6000, groups=20)
     if not is_attacked:  # what they share is natural: their captions are those of their images
-        reader = replace(reader, images=reader.images.clone())
-        like = (group == 0).nonzero()[:, 0]
-        like = like[~torch.isin(like, poisons)]
-        reader.images[poisons] = reader.images[like[: len(poisons)]]
+        reader = show_captions(reader, group, poisons)
     random = torch.Generator().manual_seed(1)
     content = group.clone()
     content[poisons] = torch.arange(len(poisons)) % 20

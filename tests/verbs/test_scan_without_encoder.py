@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from bezoar.cli import main
+from bezoar.data.files.images import read_shorter_side
+from bezoar.data.files.skipped import Unreadable
 from bezoar.detection import suspect_training
+from bezoar.detection.corpus.corpus import reopen_corpus
 from bezoar.errors import UserError
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
@@ -58,6 +61,26 @@ def test_a_folder_is_scanned_by_a_model_that_was_trained_on_it(tmp_path, images,
     assert len(notes["detectors"]) == len(DEFAULT_DETECTORS) + 1
     assert (run.path / "keep.txt").read_text().count("\n") == 213
     assert "could not be made" not in (run.path / "report.html").read_text()
+
+
+def test_small_images_are_trained_on_and_scanned_at_their_own_size(tmp_path, images, brief):
+    for path in images.glob("*.png"):
+        Image.open(path).resize((40, 48)).save(path)
+    (images / "000.png").write_text("no image")
+    (images / "001.png").chmod(0)  # root reads it all the same
+    status, run = scan(tmp_path, images, "--detector", "clip_score")
+    (train,) = [parent for parent in run.parents if parent.verb == "train"]
+    assert status == 4 and "size=40," in train.manifest["ask"]["data"]["spec"]
+    assert run.manifest["notes"]["size"] == 40 and reopen_corpus(run).size == 40
+    assert (run.path / "keep.txt").read_text().count("\n") > 200
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_the_side_of_what_is_no_image_is_not_read(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    for image in (content, tmp_path / "x.png", tmp_path / "absent.png"):
+        with pytest.raises(Unreadable):
+            read_shorter_side(image)
 
 
 def test_tars_of_a_shells_glob_are_one_data_set(tmp_path, images, brief):

@@ -107,7 +107,7 @@ class PieceSearch:
         lowest: dict[tuple[int, int], float] = {}
         for number in range(count):
             left_out = excluded | (pieces == number)
-            reading = self.reader.read(left_out)
+            read = self.reader.read_captions(left_out)
             for group in rest[~excluded].unique().tolist():
                 of_group = rest == group
                 rows = (of_group & (pieces == number)).nonzero()[:, 0]
@@ -119,7 +119,7 @@ class PieceSearch:
                     Comparison.with_rest(rows, others),
                 )
                 for i, compared in enumerate(comparisons):
-                    bound = bound_content(reading, self.reader, rest, compared, left_out)
+                    bound = bound_content(read, self.reader, rest, compared, left_out)
                     if bound < lowest.get((i, group), SUSPICIOUS):
                         lowest[i, group] = bound
                         seeds[i][of_group] = pieces[of_group] == number
@@ -160,7 +160,7 @@ class PieceSearch:
             shown = support.cause.shown
             like = Comparison.by_captions(self.reader.captions, shown, left_out)
             content = bound_content(
-                reading, self.reader, discriminants.groups, like, left_out, DEVIATIONS
+                reading.captions, self.reader, discriminants.groups, like, left_out, DEVIATIONS
             )
             if content < SUSPICIOUS:
                 doubt[shown] = doubt[shown].clamp(min=1 - content)

@@ -186,23 +186,32 @@ class ReferenceReader:
         )
 
     def read(self, left_out: Tensor) -> Reading:
+        """Read every record as `read_captions` does, and measure how badly."""
+        captions, loss = self.read_captions(left_out), torch.empty(len(self.half))
+        rivals = self.captions[self.rivals]  # (P, E)
+        for number in (0, 1):
+            for rows in (self.half == number).nonzero()[:, 0].split(ROWS):
+                loss[rows] = training_traces.caption_losses(
+                    captions[rows], self.captions[rows], rivals, self.rival_of[rows]
+                )
+        return Reading(captions, loss)
+
+    def read_captions(self, left_out: Tensor) -> Tensor:
         """Read every record by a map that was fitted on records of the other half alone.
 
         Args:
             left_out: bool (N,), the records that no map is fitted on.
+
+        Returns:
+            float32 (N, E), unit, what the map makes of the images.
         """
-        captions, loss = torch.empty_like(self.captions), torch.empty(len(self.half))
-        rivals = self.captions[self.rivals]  # (P, E)
+        captions = torch.empty_like(self.captions)
         for number in (0, 1):
             fitted = ((self.half != number) & ~left_out).nonzero()[:MAX_FITTED, 0]
             weights, bias = fit_ridge(self.images[fitted], self.captions[fitted])
             for rows in (self.half == number).nonzero()[:, 0].split(ROWS):
-                read = F.normalize(self.images[rows] @ weights + bias, dim=1, eps=1e-6)  # (B, E)
-                captions[rows] = read
-                loss[rows] = training_traces.caption_losses(
-                    read, self.captions[rows], rivals, self.rival_of[rows]
-                )
-        return Reading(captions, loss)
+                captions[rows] = F.normalize(self.images[rows] @ weights + bias, dim=1, eps=1e-6)
+        return captions
 
     def read_pieces(self, pieces: Tensor) -> Tensor:
         """The loss of each record by maps that saw none of its own piece, float32 (N,).
@@ -291,7 +300,7 @@ class Comparison:
 
 
 def bound_content(
-    reading: Reading,
+    read: Tensor,
     reader: ReferenceReader,
     groups: Tensor,
     compared: Comparison,
@@ -305,7 +314,7 @@ def bound_content(
     lies above most. A suspect that is alone counts like the others.
 
     Args:
-        reading: of a map without the records that are left out.
+        read: (N, E), the captions that a map reads without the records that are left out.
         reader: of the records.
         groups: int64 (N,), the caption group of each record.
         compared: the suspects and the others.
@@ -322,15 +331,15 @@ def bound_content(
         return 1.0
     sample = (~left_out).nonzero()[:FOREIGN, 0]
     direction = reader.captions[others].mean(0) - reader.captions[sample].mean(0)
-    values = reading.captions @ direction  # (N,)
+    values = read @ direction  # (N,)
     foreign = values[sample[groups[sample] != groups[suspects[0]]]].sort().values
     places = torch.searchsorted(foreign, values) / max(1, len(foreign))
-    read = float(places[others].mean())
-    if read < LEAST_READ:
+    usual = float(places[others].mean())
+    if usual < LEAST_READ:
         return 1.0
     error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
-    mean = float(places[suspects].masked_fill(compared.alone, read).mean())
-    return (mean + deviations * error - CHANCE) / (read - CHANCE)
+    mean = float(places[suspects].masked_fill(compared.alone, usual).mean())
+    return (mean + deviations * error - CHANCE) / (usual - CHANCE)
 
 
 def believe_foreign(
@@ -344,11 +353,12 @@ def believe_foreign(
     least = max(MIN_MISREAD, find_clear_bound(supports, CLEAR_DEVIATIONS))
     believed = []
     for support in supports:
+        if support.lower <= least:
+            continue
         others = groups == support.cause.group
         others[support.cause.shown] = False
         compared = Comparison.with_rest(support.cause.shown, others.nonzero()[:, 0])
-        content = bound_content(reading, reader, groups, compared, left_out)
-        if support.lower > least and content < MAX_CONTENT:
+        if bound_content(reading.captions, reader, groups, compared, left_out) < MAX_CONTENT:
             believed.append(support)
     return believed
 

@@ -118,8 +118,8 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
 
 def read_shorter_side(image: bytes | Path) -> int:
     """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for what is no image."""
-    content = image if isinstance(image, bytes) else read_file(image)
     try:
+        content = image if isinstance(image, bytes) else read_file(image)
         with open_picture(content, FORMATS) as encoded:
             return min(encoded.size)
     except DECODING_ERRORS as error:
