@@ -20,6 +20,7 @@ from bezoar.detection import (
     trigger_candidates,
     window_transplants,
 )
+from bezoar.detection.caption_groups import CaptionGroups
 from bezoar.detection.detectors import transplant
 from bezoar.detection.detectors.transplant import Transplant
 from bezoar.detection.ranking import rank_records
@@ -459,6 +460,24 @@ def test_a_blended_pattern_is_found():
         t["kind"] == "high-pass" and t["raised"] >= 29 and t["moved"] > 0.08
         for t in scores.notes["triggers"]
     )
+
+
+def test_no_texture_is_tested_on_records_that_a_window_explains():
+    pairs, encoder = clean(40), Fake()
+    data = trigger_candidates.SuspectData(
+        encoder, pairs, pairs.ids, encoder.encode_texts(pairs.captions)
+    )
+    groups = CaptionGroups(torch.zeros(40).long(), data.texts[:1])
+    natural = HostImages(pairs.images[:8], encoder.encode_images(pairs.images[:8]))
+    shows = torch.arange(40) < 10
+    textures = (torch.rand(40, 2) / 100 + shows[:, None].float()).half()
+    likeness = trigger_candidates.Likeness(*[torch.empty(0)] * 3, textures)
+    hosts = trigger_candidates.Hosts(natural, natural)
+    kinds = [
+        [t.kind for t in trigger_candidates.texture_triggers(data, groups, likeness, hosts, e)]
+        for e in (torch.zeros(40).bool(), shows)
+    ]
+    assert kinds == [["high-pass", "roughness"], []]
 
 
 def test_larger_images_and_no_more_than_a_block_of_them():

@@ -224,6 +224,12 @@ def test_the_exponent_of_growth_is_that_of_a_power_and_open_without_two_sizes():
     assert open_ended.low == -open_ended.high == float("-inf")
 
 
+def test_the_law_at_equal_epochs_trains_every_size_as_long():
+    law = registry.make("paper", "carlini2022/law:sizes=(20000,500000),epochs=4")
+    recipes = {t.verb.encoder.objective for t in law(TableOptions("small")).trials}
+    assert recipes == {"clip:epochs=4", "clip:epochs=4,batch=512"}
+
+
 def test_the_headline_and_the_law_share_the_largest_trainings():
     headline = registry.make("paper", "carlini2022/headline")(TableOptions("small"))
     law = registry.make("paper", "carlini2022/law:sizes=(3000000,20000)")(TableOptions("small"))

@@ -29,6 +29,7 @@ from bezoar.detection.window_transplants import HostImages
 
 BLOCK = 256  # images in memory at a time
 MIN_SUPPORT = 5  # records that show a candidate before it is tested
+SHOWN = 0.5  # share of a trigger from which a record shows it
 COMPARED_SIDE = 1 / 4  # of the window by which records are compared, as a share of the image's
 COMPARED_PIXELS = 16  # about as many pixels a side show that window
 
@@ -192,7 +193,7 @@ def window_triggers(
                 share = share * (effect > MIN_WINDOW_EFFECT)
                 if not is_apart:
                     share = keep_dependent(data, cluster, share, boxes, hosts.natural)
-                raised |= share >= 0.5
+                raised |= share >= SHOWN
         standout = max(of_contrast, of_pixels)
         yield Trigger("window", len(cluster.rows), standout, effect, share, boxes, dependence)
 
@@ -248,7 +249,7 @@ def keep_dependent(
     data: SuspectData, cluster: WindowCluster, share: Tensor, boxes: Tensor, hosts: HostImages
 ) -> Tensor:
     """Lower the share (N,) of records that lose less by covering their window than the cluster does."""
-    shown = (share >= 0.5).nonzero()[:, 0]
+    shown = (share >= SHOWN).nonzero()[:, 0]
     loss = cover_windows(data, shown, boxes[:, :2], hosts).cosine if len(shown) else share[shown]
     of_cluster = loss[torch.isin(shown, cluster.rows)]
     if len(of_cluster):
@@ -294,12 +295,16 @@ def transplant_pattern(
 
 
 def texture_triggers(
-    data: SuspectData, groups: CaptionGroups, likeness: Likeness, hosts: Hosts
+    data: SuspectData, groups: CaptionGroups, likeness: Likeness, hosts: Hosts, explained: Tensor
 ) -> Iterator[Trigger]:
-    """Test each texture of each caption group, where enough records show it and enough do not."""
+    """Test each texture of each caption group, where enough records show it and enough do not.
+
+    explained: bool (N,), the records that show the pattern of a window. That pattern is fine detail
+    too: it would make others believed whose texture is only like that of the pictures it lies on.
+    """
     for i, like in enumerate(likeness.textures.T):
         kind, group = list(TEXTURES)[i // len(groups)], i % len(groups)
-        member = groups.of_record == group
+        member = (groups.of_record == group) & ~explained
         trigger = test_texture(data, kind, like.float(), member, groups.centres[group], hosts)
         if trigger is not None:
             yield trigger

@@ -22,9 +22,8 @@ captions (targeted poisoning) has no part to be found: see `duplicates`.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
@@ -43,6 +42,7 @@ from bezoar.detection.shared_patterns import GroupTextures, WindowCluster
 from bezoar.detection.trigger_candidates import (
     BLOCK,
     MIN_SUPPORT,
+    SHOWN,
     TEXTURES,
     Hosts,
     SuspectData,
@@ -178,11 +178,12 @@ class Transplant:
         located = self.locate_pass(data, rows, alarm.boxes[rows], hosts.patchworks)
         clusters = cluster_located(data, located)
         likeness = trigger_candidates.measure_likeness(data, clusters, alarm.textures)
-        triggers = itertools.chain(
-            trigger_candidates.window_triggers(data, clusters, likeness, hosts),
-            trigger_candidates.texture_triggers(data, groups, likeness, hosts),
-        )
-        return self.combine(data, alarm, located, triggers)
+        windows = list(trigger_candidates.window_triggers(data, clusters, likeness, hosts))
+        explained = torch.zeros(len(data), dtype=torch.bool)
+        for trigger in windows:
+            explained |= trigger.share >= SHOWN
+        textures = trigger_candidates.texture_triggers(data, groups, likeness, hosts, explained)
+        return self.combine(data, alarm, located, [*windows, *textures])
 
     def embed(self, encoder: RecordEncoder, source: Records) -> SuspectData:
         """The records with their captions' vectors. Raises UserError where they allow no scan."""
@@ -270,7 +271,7 @@ class Transplant:
         )
 
     def combine(
-        self, data: SuspectData, alarm: Alarm, located: LocatedWindows, triggers: Iterable[Trigger]
+        self, data: SuspectData, alarm: Alarm, located: LocatedWindows, triggers: Sequence[Trigger]
     ) -> Scores:
         """The ranking of the two passes, with the records that show a trigger above all others."""
         n, rows = len(data), located.rows
@@ -286,7 +287,7 @@ class Transplant:
         notes: list[dict[str, Any]] = []
         for trigger in triggers:
             share = trigger.share
-            shown = share >= 0.5
+            shown = share >= SHOWN
             evidence = top * torch.where(shown, 1 + share, 2 * share)
             values = torch.where(share > 0, torch.maximum(values, evidence), values)
             new = shown & ~raised

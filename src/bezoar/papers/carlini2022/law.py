@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Annotated
 
@@ -73,21 +74,28 @@ class Law:
     """At each size, one trigger a training at several doses, and victims at all caption counts."""
 
     sizes: Annotated[tuple[int, ...], "records of the clean sets: some of the four"] = tuple(SIZES)
+    epochs: Annotated[
+        int, "of every training, so that a poison is drawn as often at every size"
+    ] = 0
 
     def __post_init__(self) -> None:
         if not self.sizes or not set(self.sizes) <= SIZES.keys():
             raise ValueError(f"sizes are some of {', '.join(map(str, SIZES))}")
+        if not 0 <= self.epochs <= 1000:
+            raise ValueError(
+                f"needs epochs in 0..1000, 0 for those of each size; got {self.epochs}"
+            )
 
     def __call__(self, options: TableOptions) -> Table:
         """Declare the table. It draws its own data; scales `gpu` and `paper` equal `small`."""
         rows = []
         for size in self.sizes:
-            setups = SIZES[size]
+            setups = self.setups(size)
             if options.scale == "smoke":
                 setups = (replace(SMOKE, data=f"scenes:count={256 + size // 20_000}"),)
             rows += rows_of_size(setups, f"{size:,}")
         claims = [self.growth_claim(what) for what in ("patches", "captions")]
-        epochs = ", ".join(f"{size:,}: {SIZES[size][0].objective}" for size in self.sizes)
+        recipes = ", ".join(f"{size:,}: {self.setups(size)[0].objective}" for size in self.sizes)
         return Table(
             title="The law: poisons that half of the attacks need, against the size of the data",
             paper_finding="Success hardly depends on the size of the clean data (recalled).",
@@ -96,11 +104,21 @@ class Law:
             claims=tuple(claims),
             dose_response_cells=("success",),
             notes=(
-                f"Recipes: {epochs}. Every poison is drawn once an epoch: a number of poisons times "
+                f"Recipes: {recipes}. Every poison is drawn once an epoch: a number of poisons times "
                 "the epochs is that of exposures.",
                 "The exponent of growth e is that of poisons = constant x records^e: 0 is no "
                 "growth, 1 a constant share of the data.",
             ),
+        )
+
+    def setups(self, size: int) -> tuple[Setup, ...]:
+        """What is trained at a size, with this table's number of epochs if it has one."""
+        if not self.epochs:
+            return SIZES[size]
+        epochs = f"epochs={self.epochs}"
+        return tuple(
+            replace(setup, objective=re.sub(r"epochs=\d+", epochs, setup.objective))
+            for setup in SIZES[size]
         )
 
     def growth_claim(self, what: str) -> Claim:
