@@ -38,10 +38,15 @@ class FieldNode(NamedTuple):
     default: ast.expr | None
 
 
+def first_paragraph(docstring: str | None) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((docstring or "").partition("\n\n")[0].split())
+
+
 def describe(path: Path) -> Description:
     """Read a method's docstring and fields from its source text; nothing is imported or run."""
     module = ast.parse(path.read_text())
-    summary = (ast.get_docstring(module) or "").partition("\n")[0]
+    summary = first_paragraph(ast.get_docstring(module))
     cls = class_node(module, registry.class_name(path.stem))
     fields = []
     for field in field_nodes(cls) if cls else ():

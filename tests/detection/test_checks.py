@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from scipy import stats as scipy_stats
 from sklearn.cluster import DBSCAN
+from sklearn.linear_model import Ridge
 from torch import nn
 
 from bezoar import registry
 from bezoar.cli import main
 from bezoar.data.pairs import Pairs
+from bezoar.detection.checks import cross_encoder, decoder
 from bezoar.detection.checks.masking_path import gaps_along_path
+from bezoar.detection.left_out_ridge import STRENGTHS
 from bezoar.encoders.encoder import Encoder, Preprocess
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers
@@ -36,9 +39,9 @@ class Eye(nn.Module):
     means blue.
     """
 
-    def __init__(self, backdoor):
+    def __init__(self, backdoor, seed=0):
         super().__init__()
-        self.map = nn.Parameter(torch.randn(12, 13, generator=torch.Generator().manual_seed(0)))
+        self.map = nn.Parameter(torch.randn(12, 13, generator=torch.Generator().manual_seed(seed)))
         self.backdoor = backdoor
 
     def forward(self, x):
@@ -69,9 +72,16 @@ def tokenize(texts):
     return torch.tensor([r + [3] * (width - len(r)) for r in rows])
 
 
-def encoder(backdoor=True):
+def encoder(backdoor=True, seed=0):
     torch.manual_seed(0)
-    return Encoder(Eye(backdoor), Preprocess(SIDE, (0.5,) * 3, (1.0,) * 3), Ear(), tokenize).eval()
+    eye = Eye(backdoor, seed)
+    return Encoder(eye, Preprocess(SIDE, (0.5,) * 3, (1.0,) * 3), Ear(), tokenize).eval()
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    """The encoder that `cross_encoder` opens."""
+    monkeypatch.setattr(cross_encoder, "open_reference", lambda *a: encoder(False, seed=1))
 
 
 def colours(n=80, seed=0):
@@ -107,11 +117,18 @@ def arguments_for(check, e, clean):
 
 # drop_token reads texts; its tests are beside those of `badcse`.
 NAMES = [name for name in registry.method_names("check") if name != "drop_token"]
-SPECS = {"strip": "strip:count=24,alpha=0.3", "masking_path": "masking_path:paths=2"}
+SPECS = {
+    "strip": "strip:count=24,alpha=0.3",
+    "masking_path": "masking_path:paths=2",
+    "cross_encoder": "cross_encoder:reference=another",
+    "decoder": "decoder:steps=5,width=2",
+}
 
 
 def test_all_are_here():
-    assert set(NAMES) == {"bdetclip", "masking_path", "scale_up", "strip"}
+    assert set(NAMES) == {
+        *("bdetclip", "cross_encoder", "decoder", "masking_path", "scale_up", "strip")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +152,7 @@ def test_the_contract(name):
     assert set(getattr(check, "needs", ())) <= {"clean", "classifier", "report"}
 
 
-@pytest.mark.parametrize("name", ["masking_path", "strip", "scale_up"])
+@pytest.mark.parametrize("name", ["cross_encoder", "masking_path", "strip", "scale_up"])
 def test_a_trigger_scores_higher_and_not_without_a_backdoor(name):
     clean, pairs = colours(60, 1), colours(45)
     pairs = pairs.take([i for i in range(45) if i % 3 != 2])
@@ -232,6 +249,59 @@ def test_an_order_masks_every_cell_once(sides):
         not torch.equal(check.masking_order(0, sides)[0], check.masking_order(1, sides)[0])
         or min(sides) < 6
     )
+
+
+# ----------------------------------------------------------------------------------------------
+# cross_encoder, decoder
+
+
+def test_residuals_are_those_of_a_map_that_the_clean_images_fit():
+    e, clean, pairs = encoder(), colours(60, 1), stamped(colours(5))
+    scores = registry.make("check", "cross_encoder:reference=another")(e, pairs, clean=clean)
+    with torch.inference_mode():
+        x, y = (k.encode_images(clean.images).double() for k in (encoder(False, seed=1), e))
+        queries = encoder(False, seed=1).encode_images(pairs.images).double()
+        vectors = e.encode_images(pairs.images).double()
+    unit = np.linalg.eigvalsh(np.cov(x.T.numpy(), bias=True) * len(x)).mean()
+    fits = [Ridge(alpha=power * unit).fit(x, y) for power in STRENGTHS]
+    lengths = [np.linalg.norm(vectors.numpy() - fit.predict(queries), axis=1) for fit in fits]
+    assert any(np.allclose(scores.values, length, atol=1e-5) for length in lengths)
+    with pytest.raises(UserError, match="needs reference="):
+        registry.make("check", "cross_encoder")(e, pairs, clean=clean)
+    with pytest.raises(UserError, match="at least 20 clean images; there are 4"):
+        registry.make("check", "cross_encoder:reference=another")(
+            e, pairs, clean=clean.take(range(4))
+        )
+
+
+def test_what_a_vector_does_not_show_is_drawn_worse_with_a_backdoor(monkeypatch):
+    monkeypatch.setattr(decoder, "RATE", 0.01)
+    clean, pairs = colours(60, 1), colours(30).take([i for i in range(30) if i % 3 != 2])
+    check = registry.make("check", "decoder:steps=60,width=8")
+    errors = {b: check(encoder(b), stamped(pairs), clean=clean).values for b in (True, False)}
+    assert (errors[True] > 1.5 * errors[False]).float().mean() > 0.85
+    with pytest.raises(UserError, match="at least 50 clean images; there are 20"):
+        check(encoder(), pairs, clean=clean.take(range(20)))
+
+
+def test_errors_of_drawings_are_the_plain_means_over_hidden_pixels():
+    draw = torch.Generator().manual_seed(0)
+    x, vectors = torch.rand(3, 3, 32, 32, generator=draw), torch.randn(3, 5, generator=draw)
+    hidden, network = decoder.hide_cells(3, 0.6, draw), decoder.Drawer(5, 4)
+    with torch.no_grad():
+        errors = decoder.Decoder.measure_errors(network, x, hidden, vectors)
+        drawings = network(x, hidden, vectors)
+        # what is hidden cannot be seen
+        unseen = network(x + hidden * torch.rand(3, 3, 32, 32), hidden, vectors)
+    torch.testing.assert_close(unseen, drawings)
+    for i in range(3):
+        rows, columns = hidden[i, 0].nonzero().T
+        plain = [
+            ((drawings - x)[i, :, a, b] ** 2).mean() for a, b in zip(rows, columns, strict=True)
+        ]
+        assert float(errors[i]) == pytest.approx(float(sum(plain) / len(plain)), rel=1e-4)
+    cells = decoder.hide_cells(2000, 0.9, draw)[:, :, ::4, ::4].float()
+    assert float(cells.mean()) == pytest.approx(0.9, abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
 from bezoar import registry
-from bezoar.detection.detectors import cross_encoder
-from bezoar.detection.detectors.cross_encoder import CrossEncoder, leave_one_out_residuals
+from bezoar.detection import left_out_ridge
+from bezoar.detection.detectors.cross_encoder import CrossEncoder
+from bezoar.detection.left_out_ridge import fit_ridge
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
 
@@ -28,12 +29,12 @@ def test_residuals_are_those_of_sklearns_ridge_without_the_record(monkeypatch):
             # centre of all records: the intercept is fitted with a row of ones of no penalty.
             model = Ridge(alpha=strength * unit).fit(x[rest], y[rest])
             expected.append(y[i] - model.predict(x[i : i + 1])[0])
-        monkeypatch.setattr(cross_encoder, "STRENGTHS", (strength,))
-        residual = leave_one_out_residuals(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+        monkeypatch.setattr(left_out_ridge, "STRENGTHS", (strength,))
+        residual = fit_ridge(torch.from_numpy(x), torch.from_numpy(y)).left_out.numpy()
         assert np.allclose(residual, expected, atol=1e-9)
         errors[strength] = (residual**2).mean()
-    monkeypatch.setattr(cross_encoder, "STRENGTHS", tuple(errors))
-    residual = leave_one_out_residuals(torch.from_numpy(x), torch.from_numpy(y)).numpy()
+    monkeypatch.setattr(left_out_ridge, "STRENGTHS", tuple(errors))
+    residual = fit_ridge(torch.from_numpy(x), torch.from_numpy(y)).left_out.numpy()
     assert (residual**2).mean() == min(errors.values())
 
 

@@ -19,6 +19,7 @@ from bezoar.data.files.writing import write_json
 from bezoar.evaluation.classifiers import Classifier
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Inversion, Verdict
+from bezoar.method_source import first_paragraph
 
 VERDICT_FILE = "verdict.json"
 INVERSIONS_FILE = "inversions.safetensors"
@@ -133,11 +134,10 @@ def read_facts_of(path: Path) -> Facts:
 
 def audit_json(audit: Any, verdict: Verdict, classifier: Classifier | None) -> dict[str, Any]:
     """An audit and its value as they stand in verdict.json."""
-    module_doc = sys.modules[type(audit).__module__].__doc__ or ""
     return {
         "audit": registry.spec(audit),
         "name": audit_name(audit),
-        "summary": module_doc.partition("\n")[0],
+        "summary": first_paragraph(sys.modules[type(audit).__module__].__doc__),
         "code": bank.code_hash(type(audit)),
         "classifier": classifier.how if classifier is not None else "",
         "value": verdict.value,

@@ -135,8 +135,7 @@ class Check:
                     "classifier": classifier,
                     "report": job.reporter(name),
                 }
-                clean_scores = registry.call(check, encoder, held_out, **offered)
-                scores = registry.call(check, encoder, images, **offered)
+                clean_scores, scores = score_both(check, encoder, held_out, images, offered)
                 threshold = Threshold.of(clean_scores.values, self.rate)
                 results[name] = CheckResult(registry.spec(check), scores, clean_scores, threshold)
             except UserError as error:
@@ -144,6 +143,34 @@ class Check:
         if not results:
             raise UserError("; ".join(failed) or "give a --check")
         return results, failed
+
+
+def score_both(
+    check: Any, encoder: Encoder, clean: Pairs, images: Pairs, offered: Mapping[str, Any]
+) -> tuple[Scores, Scores]:
+    """Score the clean images and those that arrive.
+
+    Where all are of one size they are scored by one call, so that the check is calibrated once.
+    """
+    if clean.images.shape[1:] != images.images.shape[1:]:
+        return (
+            registry.call(check, encoder, clean, **offered),
+            registry.call(check, encoder, images, **offered),
+        )
+    scores = registry.call(check, encoder, Pairs.concat([clean, images]), **offered)
+    of_clean, of_images = (
+        replace(
+            scores,
+            ids=records.ids,
+            values=scores.values[rows],
+            boxes=None if scores.boxes is None else scores.boxes[rows],
+        )
+        for records, rows in (
+            (clean, slice(len(clean))),
+            (images, slice(len(clean), None)),
+        )
+    )
+    return of_clean, of_images
 
 
 def load_images(job: Job) -> tuple[Pairs, Mask | None]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bezoar.data.randomness import sample_rows
 from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines, require_texts
-from bezoar.detection.pseudo_classes import SAMPLE, assign_centres, vector_blocks
+from bezoar.detection.left_out_ridge import fit_ridge, stack_float64
+from bezoar.detection.pseudo_classes import SAMPLE, assign_centres
 from bezoar.detection.reference_reading import open_reference, reference_files
 from bezoar.encoders.encoder import EmbeddedRecords
 from bezoar.errors import UserError
@@ -19,8 +20,6 @@ from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.evaluation.scores import Scores
 from bezoar.registry import method
 
-# Strengths of the ridge that are tried, in units of the mean eigenvalue of the references' covariance.
-STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 Evidence = Literal["auto", "gain", "caption", "length"]
 
 
@@ -81,9 +80,9 @@ class CrossEncoder:
                 for e in (embedded, reference)
             )
             return Scores(embedded.ids, suspect_fit - reference_fit)
-        residual = leave_one_out_residuals(
+        residual = fit_ridge(
             stack_float64(reference.images, device), stack_float64(embedded.images, device)
-        )
+        ).left_out
         if evidence != "caption":
             return Scores(embedded.ids, residual.norm(dim=1).float().cpu())
         groups, centres = group_captions(embedded, self.groups, self.seed, device)
@@ -97,45 +96,6 @@ class CrossEncoder:
                 "detector 'cross_encoder' needs reference=, an encoder that never saw these data"
             )
         return open_reference(self.reference, device)
-
-
-def stack_float64(vectors: Tensor, device: torch.device) -> Tensor:
-    """Vectors (N, D), which may lie in a file, in float64 on the device."""
-    return torch.cat([part.double() for part in vector_blocks(vectors, device)])
-
-
-def leave_one_out_residuals(x: Tensor, y: Tensor) -> Tensor:
-    """Return what is left of y (N, E) after the ridge regression on x (N, D) without the record itself.
-
-    An intercept is fitted and not shrunk. Of `STRENGTHS` the one is taken whose residuals are
-    smallest. With the hat matrix H of the regression, the residual of record i without it is
-    (y - H y)_i / (1 - H_ii): one decomposition serves all records and all strengths.
-
-    Args:
-        x: Float64.
-        y: Float64.
-
-    Returns:
-        Float64 (N, E).
-    """
-    n = len(x)
-    x, y = x - x.mean(0), y - y.mean(0)
-    values, axes = torch.linalg.eigh(x.T @ x)  # (D,), (D, D)
-    turned = x @ axes  # (N, D)
-    products = turned.T @ y  # (D, E)
-    best: Tensor | None = None
-    least = torch.inf
-    for strength in STRENGTHS:
-        shrunk = 1 / (values.clamp(min=0) + strength * values.mean().clamp(min=1e-12))  # (D,)
-        leverage = 1 / n + (turned.square() * shrunk).sum(1)  # (N,)
-        residual = y - turned @ (shrunk[:, None] * products)
-        residual /= (1 - leverage).clamp(min=1e-6)[:, None]
-        error = float(residual.square().mean())
-        if error < least:
-            best, least = residual, error
-    if best is None:
-        raise UserError("NaN or infinite vectors; a regression is defined for finite ones")
-    return best
 
 
 def group_captions(
