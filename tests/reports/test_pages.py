@@ -10,6 +10,7 @@ import subprocess
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -383,6 +384,21 @@ def test_all_heat_maps_have_one_direction_and_a_legend() -> None:
     assert shades == sorted(shades) and shades[0] == shades[1] and shades[-1] == shades[-2]
     svg = heat_maps.draw_heat_map(["a"], ["b"], np.array([[0.5]]), ("rows", "columns"))
     assert all(f"{n} %" in svg for n in (0, 25, 50, 75, 100))
+
+
+@pytest.mark.parametrize(
+    ("names", "verdicts", "expected"),
+    [
+        (["a/x"], ["contradicted"] * 2, "a/x: 2 of 2 claims contradicted."),
+        (["a/x", "a/y"], ["undecided", "confirmed"], "a: 1 of 2 claims confirmed, 1 undecided."),
+        (["a/x", "b/y"], ["confirmed"], "1 of 1 claim confirmed."),
+    ],
+)
+def test_a_table_of_claims_has_its_name_and_result_in_the_title(names, verdicts, expected):
+    claims = [{"verdict": verdict} for verdict in verdicts]
+    tables = [{"name": name, "claims": claims if i == 0 else []} for i, name in enumerate(names)]
+    view = SimpleNamespace(tables=tables, notes={"scale": "small"})
+    assert reproduce.headline(view) == expected
 
 
 WIDTHS = (1280, 390)

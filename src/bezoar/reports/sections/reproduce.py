@@ -103,7 +103,7 @@ def claim_line(claim: Mapping[str, Any]) -> str:
 
 
 def headline(view: ReproduceView) -> str:
-    """Count the claims by verdict; for tables without claims, describe their numbers."""
+    """Count the claims of the table or paper by verdict; without claims, describe the numbers."""
     verdicts = [claim["verdict"] for table in view.tables for claim in table["claims"]]
     if not verdicts and view.notes.get("scale") == "smoke":
         return (
@@ -111,8 +111,13 @@ def headline(view: ReproduceView) -> str:
         )
     if not verdicts:
         return " ".join(map(table_finding, view.tables))
-    counts = [f"{verdicts.count(v)} {v}" for v in VERDICTS if v in verdicts]
-    return f"Of {quantity(len(verdicts), 'claim')}: {', '.join(counts)}."
+    present = [v for v in VERDICTS if v in verdicts]
+    counts = [f"{verdicts.count(v)} {v}" for v in present]
+    counts[0] = f"{verdicts.count(present[0])} of {quantity(len(verdicts), 'claim')} {present[0]}"
+    tables = {table["name"] for table in view.tables}
+    papers = {name.partition("/")[0] for name in tables}
+    names = tables if len(tables) == 1 else papers if len(papers) == 1 else set()
+    return "".join(f"{name}: " for name in names) + f"{', '.join(counts)}."
 
 
 def table_finding(table: TableJson) -> str:
