@@ -148,7 +148,7 @@ SLOW = {
     "repetition",
     "common_cause",
 }  # asked smaller questions in test_traces.py and test_shared_causes.py
-ELSEWHERE = {"cross_encoder", "patch_search"}  # tested in files of their own
+ELSEWHERE = {"asset", "cross_encoder", "patch_search"}  # tested in files of their own
 QUICK = [n for n in NAMES if n not in SLOW | ELSEWHERE]
 # what a detector is to find, where it is not `poisoned`: copies lie in a place of no dimension, and
 # are one picture
