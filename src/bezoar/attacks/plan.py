@@ -206,7 +206,7 @@ class Plan:
         """
         if not self.edits:
             return stored
-        rows = stored.ids.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
+        rows = stored.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
         row_of = dict(zip(stored.ids.take(rows), rows.tolist(), strict=True))
         edits = [edit for edit in self.edits if edit.source in row_of]
         poisons = stored.select([row_of[edit.source] for edit in edits])
