@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bezoar import machine, registry
-from bezoar.data.files.images import IMAGE_EXTENSIONS
+from bezoar.data.files.paths import IMAGE_EXTENSIONS
 from bezoar.data.files.tables import cut_blocks
 from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.source import as_source
@@ -30,7 +30,6 @@ from bezoar.runs.verb import (
 # Measured by `pairs_per_second` in the manifests of trainings on two cores (AMD, AVX-512, bf16).
 PAIRS_PER_SECOND = 1100
 WIDTH = 32  # of that network; narrower ones are about as much faster as they have fewer channels
-PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
 SIZE = 32
 COUNTED_TARS = 4  # further tars are assumed to hold as many records a byte
 

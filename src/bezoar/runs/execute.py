@@ -35,7 +35,6 @@ from bezoar.runs.verb import (
     find_input,
     fingerprint,
     input_fields,
-    input_files,
     input_to_json,
     is_verb,
     verb_name,
@@ -271,7 +270,7 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, 
             raise UserError(f"run {value.name} is {status}, not done; ask for it again first")
         return value, {"run": value.name}
     identity = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
-    if files := input_files(value):
+    if files := registry.input_files(value):
         identity["files"] = fingerprint(files)
     return value, identity
 
