@@ -13,7 +13,8 @@ import os
 import pickle
 import tokenize
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -110,15 +111,22 @@ def load_rgba(path: str) -> np.ndarray:
     Raises UserError if the file is missing, too large, or no picture that can be read.
     """
     data = _read_bytes(path)
-    try:
+    with _as_user_error(path, data, "a png or jpg"):
         return _decode_rgba(data)
+
+
+@contextmanager
+def _as_user_error(path: str, data: bytes, kind: str) -> Iterator[None]:
+    """Turn what decoders raise into a UserError that names the file. kind: what was expected."""
+    try:
+        yield
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
     except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
         raise UserError(
-            f"{path}: not a png or jpg that can be read ({first_line(error)[:120]})"
+            f"{path}: not {kind} that can be read ({first_line(error)[:120]})"
         ) from error
 
 
@@ -140,16 +148,9 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     reader = _reader_of_content(data) or _reader_of_suffix(suffix)
     if reader is None:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
-    try:
+    kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
+    with _as_user_error(path, data, kind):
         members = reader(data)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
-    except (UserError, Unreadable) as error:
-        raise UserError(f"{path}: {error}") from error
-    except DECODING_ERRORS as error:
-        reason = first_line(error)[:120]
-        kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
-        raise UserError(f"{path}: not {kind} that can be read ({reason})") from error
     if not members:
         raise UserError(f"{path}: expected numbers; it holds none")
     for name, array in members.items():
