@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -80,7 +81,7 @@ def progress_figure(view: RunView) -> Figure | None:
         return None
     series = [
         Series(metric_names.short_label(key), [e.get(key, np.nan) for e in log], colour)
-        for key, colour in zip(keys, charts.series_colours(keys), strict=True)
+        for key, colour in zip(keys, itertools.cycle(charts.SERIES_COLOURS), strict=False)
     ]
     svg = charts.draw_curves([e["epoch"] for e in log], series, "epoch")
     return Figure(
