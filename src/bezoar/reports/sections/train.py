@@ -145,7 +145,7 @@ def trained_ids(view: RunView) -> list[str]:
     if data.victims is not None:
         victim_ids = set(data.victims.ids)
         ids += [e.id for e in plan.edits if e.source in victim_ids]
-    keep = view.input_run("keep")
+    keep = view.run.input_run("keep")
     if keep is None:
         return ids
     keep_list = set(read_lines(keep.file("keep.txt")))
