@@ -19,10 +19,10 @@ from bezoar.runs.verb import (
     Settings,
     Trial,
     Verb,
-    find_input,
     input_fields,
     input_to_json,
     is_verb,
+    resolve_text,
     verb_name,
 )
 
@@ -108,8 +108,7 @@ def _method_of(value: Any, settings: Settings, what: str = "data") -> Any:
         inner = value.verb if isinstance(value, Trial) else value
         value = next((getattr(inner, name) for name, _ in input_fields(inner).items()), None)
     if isinstance(value, (str, Path)):
-        resolved = find_input(str(value), what, settings.runs)
-        value = resolved if isinstance(resolved, Run) else registry.make(*resolved)
+        value = resolve_text(str(value), what, settings.runs)
     return inputs.root_method(value) if isinstance(value, Run) else value
 
 

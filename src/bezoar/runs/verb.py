@@ -199,9 +199,12 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run or a method: the run's directory, or the spec; "" for None."""
-    if value is None:
-        return ""
+    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
+
+    A text is returned as it is.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)
 
 
@@ -287,6 +290,12 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
             f"no file, folder or run {text!r}{suggest(text, names)}; `bezoar list data` names the data that need none"
         )
     return kind, spec
+
+
+def resolve_text(text: str, what: str, runs: Path) -> Any:
+    """The run or configured method that a text names; see `find_input`."""
+    resolved = find_input(text, what, runs)
+    return resolved if isinstance(resolved, Run) else registry.make(*resolved)
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:

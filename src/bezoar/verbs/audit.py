@@ -41,7 +41,7 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes, input_name
+from bezoar.runs.verb import Input, Takes, input_name, input_spec
 from bezoar.terminal import warn
 
 ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
@@ -100,7 +100,7 @@ class Audit:
     def title(self) -> str:
         """What stands before its progress: the audit's name too, where it is one of several that are run."""
         return (
-            f"audit {audit_spec(self.audit[0]).partition(':')[0]}"
+            f"audit {input_spec(self.audit[0]).partition(':')[0]}"
             if len(self.audit) == 1
             else "audit"
         )
@@ -330,7 +330,7 @@ def single_audit(
 
 def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
     """The audits, with `parent` among them."""
-    names = [audit_spec(audit).partition(":")[0] for audit in audits]
+    names = [input_spec(audit).partition(":")[0] for audit in audits]
     return tuple(audits) if "parent" in names else (*audits, "parent")
 
 
@@ -438,11 +438,6 @@ def judge_findings(findings: AuditFindings, banks: Sequence[Bank], rate: float) 
         audit["unaided"] = unaided.json() if unaided else None
     larger = [b.sample.images for b in banks if sample.images < b.sample.images]
     facts["few"] = verdict_text.small_sample_warning(sample.images, min(larger, default=0))
-
-
-def audit_spec(audit: Any) -> str:
-    """The spec of an audit, which may be a spec already."""
-    return audit if isinstance(audit, str) else registry.spec(audit)
 
 
 def data_text(method: Any) -> str:

@@ -173,13 +173,12 @@ def load_labelled(job: Job, test: Dataset) -> Pairs:
     Raises UserError if there is no such split, or if it holds test records.
     """
     train = job.inputs["train"]
-    dataset = inputs.open_dataset(training_split(test.method) if train is None else train)
-    clean = inputs.in_memory(dataset.clean)
+    train = training_split(test.method) if train is None else train
+    clean = inputs.in_memory(inputs.open_dataset(train).clean)
     check_disjoint(
         clean, test.pairs, "labelled records are test records too", "name other train data"
     )
-    name = train.name if isinstance(train, Run) else registry.spec(dataset.method)
-    job.notes |= {"train": name, "labelled": len(clean)}
+    job.notes |= {"train": input_name(train), "labelled": len(clean)}
     return clean
 
 
