@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -33,6 +33,7 @@ from bezoar.errors import UnwritableError, UserError
 from bezoar.evaluation.classifiers import (
     CLUSTERS,
     Classifier,
+    ClassifierKind,
     make_classifier,
     measure_own_head,
 )
@@ -44,7 +45,6 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name, input_spec
 from bezoar.terminal import warn
 
-ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
 TEXT_AUDITS = ("token_sweep",)  # where the clean records are texts
 SARIF_FILE = "audit.sarif"

@@ -27,13 +27,12 @@ from bezoar.data.randomness import sample_rows
 from bezoar.data.stored_pairs import class_name
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import make_classifier
+from bezoar.evaluation.classifiers import ClassifierKind, make_classifier
 from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
-from bezoar.verbs.audit import ClassifierKind
 from bezoar.verbs.evaluate import check_disjoint
 
 SHOWN = 24  # images of each check that are kept for the page
