@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,8 +167,7 @@ def _rename_blocks(
             renamed[f"{prefix}{match[1]}.{names[part]}{weight}"] = tensor
         else:
             unknown.append(key)
-    if unknown:
-        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(unknown)}")
+    _refuse_rest(unknown, path)
     for (number, weight), parts in qkv.items():
         joint = torch.cat([parts["q"], parts["k"], parts["v"]])
         renamed[f"{prefix}{number}.{names['qkv']}{weight}"] = joint
@@ -195,9 +194,9 @@ CLIP_NAMES = {  # of both towers, beside the blocks
 }
 
 
-def _refuse_rest(others: Weights, path: str) -> None:
-    if others:
-        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(others)}")
+def _refuse_rest(keys: Collection[str], path: str) -> None:
+    if keys:
+        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(keys)}")
 
 
 def _drop(others: dict[str, Tensor], *beginnings: str) -> tuple[str, ...]:

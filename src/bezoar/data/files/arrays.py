@@ -38,8 +38,8 @@ MAX_MEMBERS = 64  # of an archive
 DIRECTORY_ENTRY = b"PK\x01\x02"  # of a zip archive, one a member
 PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
 PICTURES = ("PNG", "JPEG")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".npy", ".npz", ".pt", *PICTURE_SUFFIXES)
 IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     *images.DECODING_ERRORS, RuntimeError, LookupError, AttributeError, AssertionError,
@@ -182,7 +182,7 @@ def _reader_of_content(data: bytes) -> Reader | None:
 
 def _reader_of_suffix(suffix: str) -> Reader | None:
     """The reader of a file whose content does not tell, to name what is wrong with it."""
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in PICTURE_SUFFIXES:
         return _read_picture
     return {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt}.get(suffix)
 

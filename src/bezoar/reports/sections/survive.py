@@ -69,7 +69,7 @@ class SurviveView(RunView):
 
     def ranked_single(self, metric: str = "") -> list[Treatment]:
         """Return those that do one thing, most harmful first."""
-        return [t for t in self.ranked(metric) if is_single(t)]
+        return [t for t in self.ranked(metric) if len(changed_fields(t)) <= 1]
 
 
 def build_page(run: Run) -> Page:
@@ -264,11 +264,6 @@ def table_section(view: SurviveView) -> Section:
 def changed_fields(treatment: Treatment) -> set[str]:
     """Return the names of the fields that a treatment changes."""
     return {name for name, value in NEUTRAL.items() if treatment[name] != value}
-
-
-def is_single(treatment: Treatment) -> bool:
-    """Return whether a treatment does at most one thing."""
-    return len(changed_fields(treatment)) <= 1
 
 
 def damage_colour(share: Measure) -> str:
