@@ -181,8 +181,8 @@ class Audit:
         """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""
         if job.settings.quiet:
             return
-        suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
-        method = data if data is not None else default_clean_images(suspect)
+        suspect, audits = job.inputs["encoder"], job.inputs["audit"]
+        method = clean_images(job.inputs["data"], suspect)
         sample, labelled = sample_clean_records(method, self.images)
         encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
@@ -226,8 +226,7 @@ class Audit:
 
     def _try_on_reference(self, job: Job, findings: AuditFindings) -> None:
         """Note what the inverted triggers do to the reference encoder."""
-        suspect, data = job.inputs["encoder"], job.inputs["data"]
-        method = data if data is not None else default_clean_images(suspect)
+        method = clean_images(job.inputs["data"], job.inputs["encoder"])
         sample, labelled = sample_clean_records(method, self.images)
         reference = inputs.load_encoder(job.inputs["reference"], job.device, sample)
         check_auditable(reference, "the reference")
@@ -240,8 +239,7 @@ class Audit:
         """Run the one audit there is."""
         audit: audits.Audit = job.inputs["audit"][0]
         suspect = job.inputs["encoder"]
-        data = job.inputs["data"]
-        method = data if data is not None else default_clean_images(suspect)
+        method = clean_images(job.inputs["data"], suspect)
         sample, labelled = sample_clean_records(method, self.images)
         encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         sample = sample.to(job.device)
@@ -359,8 +357,13 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     return labelled.take(range(min(images, len(labelled)))), labelled
 
 
-def default_clean_images(encoder: Any) -> Any:
-    """The test split of what a run's encoder was trained on, as a configured data method."""
+def clean_images(data: Any, encoder: Any) -> Any:
+    """The clean images for an encoder: those given, or the test split of its training data.
+
+    Raises UserError if these are not known.
+    """
+    if data is not None:
+        return data
     if not isinstance(encoder, Run):
         raise UserError("name clean images (--data): what this encoder was trained on is not known")
     return inputs.test_split(inputs.root_method(encoder.ancestor("train") or encoder))
@@ -403,9 +406,8 @@ def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
 
     A warning that belongs to it is printed and noted.
     """
-    suspect, data = job.inputs["encoder"], job.inputs["data"]
-    method = data if data is not None else default_clean_images(suspect)
-    sample, _ = sample_clean_records(method, images)
+    suspect = job.inputs["encoder"]
+    sample, _ = sample_clean_records(clean_images(job.inputs["data"], suspect), images)
     encoder = inputs.load_encoder(suspect, job.device, sample)
     accuracy, warning = measure_own_head(encoder, sample)
     job.notes["weights"] = inputs.describe_weights(encoder)
