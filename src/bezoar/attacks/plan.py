@@ -395,8 +395,7 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
         outside: number of images from outside the data set.
 
     Returns:
-        int64 rows of the concatenation of records, poisons and outside images: each poison is in
-            the
+        int64 rows of the concatenation of records, poisons and outside images: each poison is in the
         place of the record that it replaces, and additions come last.
     """
     order = np.arange(count + len(replaced_rows) + outside)
