@@ -92,6 +92,17 @@ def has_fields(configured: Any, *names: str) -> bool:
     return set(names) <= {f.name for f in dataclasses.fields(configured)}
 
 
+def input_files(configured: Any) -> list[Any]:
+    """The files that a method reads: those that it lists, or those that its text fields name.
+
+    A file is a path, or a tuple of its recorded name and its path.
+    """
+    if hasattr(configured, "files"):
+        return list(configured.files())
+    texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
+    return [Path(text) for text in texts if os.path.isfile(text)]
+
+
 def source_hash(cls: type) -> str:
     """Hash (sha256, 16 digits) the method's file, and the `__init__.py` of bezoar's packages.
 
@@ -119,7 +130,11 @@ def make(kind: str, text: str) -> Any:
         field: convert_text(value, types_of_fields[field], f"{kind} {name!r}: {field}")
         for field, value in texts.items()
     }
-    missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in values]
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise UserError(f"{kind} {name!r} needs {', '.join(missing)}")
     try:
@@ -291,10 +306,6 @@ def _is_one_part(text: str) -> bool:
         return len(split_outside_brackets(text, ",")) == 1
     except UserError:
         return False
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 # Finding methods, and which files of code may be loaded

@@ -26,8 +26,7 @@ from bezoar import registry
 from bezoar.data import decoding, source
 from bezoar.data.decoding import Record, gather_pairs
 from bezoar.data.files import folders, paths
-from bezoar.data.files.images import SUFFIXES
-from bezoar.data.files.paths import expand_paths
+from bezoar.data.files.paths import IMAGE_SUFFIXES, expand_paths
 from bezoar.data.pairs import Pairs, load_pairs
 from bezoar.data.source import as_source
 from bezoar.data.sources.folder import FolderSource
@@ -79,7 +78,7 @@ def whole(root: Path) -> Pairs:
     def records() -> Iterator[Record]:
         for label, folder in enumerate(sorted(p for p in root.iterdir() if p.is_dir())):
             for path in sorted(folder.rglob("*")):
-                if path.suffix.lower() in SUFFIXES:
+                if path.suffix.lower() in IMAGE_SUFFIXES:
                     key = path.relative_to(root).as_posix()
                     yield Record(
                         image=path,

@@ -22,7 +22,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,10 +34,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 import torch
 from hostile.artefacts import write_tables, write_tar
 from hostile.disk import GROWING, Disk
+from hostile.run import enter, exit_status
 from safetensors.torch import load_file, save_file
 
 import bezoar
-from bezoar.cli import main
 from bezoar.detection.corpus import shared_embeddings, units
 from bezoar.runs import execute, sweep
 from bezoar.training import loop
@@ -277,21 +276,11 @@ def run(words: Iterable[str], world: Path, at: int = 0, mode: str = "kill") -> O
 
 def run_here(words: list[str], world: Path, at: int, mode: str) -> int:
     """The command, as the child process runs it. Returns the exit status."""
-    os.environ |= {"HOME": str(world / "home"), "XDG_STATE_HOME": str(world / "home")}
-    os.chdir(world)
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(world.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
+    enter(world)
     stop_clocks()
     sweep._Processes.start_worker = lambda pool: ForkedWorker(pool.command[-1])  # type: ignore
     Disk(world, world.with_suffix(".log"), at, mode).install()
-    try:
-        return main(words)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
+    return exit_status(words)
 
 
 # What it leaves behind

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,23 +48,31 @@ def resident(process: int) -> int:
 def in_child(mutant: Mutant, folder: Path) -> int:
     """The command, as the child process runs it. Returns the exit status."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 30, 4 << 30))
-    os.environ |= {"HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home")}
-    os.chdir(folder)
+    enter(folder)
     words = [word.replace("@", str(folder)) for word in mutant.words]
     if "--runs" not in words and words[0] != "show":
         words += ["--runs", str(folder / "runs")]
     if words[0] == "scan":
         words += ["--workers", "1"]
+    return exit_status(words)
+
+
+def enter(folder: Path) -> None:
+    """Make a folder this process's home and working directory; its output goes beside the folder."""
+    os.environ |= {"HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home")}
+    os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
+
+
+def exit_status(words: list[str]) -> int:
+    """Run a command line in this process; 1 for one that raises."""
     try:
         return main(words)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         return 1
 

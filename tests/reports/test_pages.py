@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bezoar import cli
+from bezoar import cli, registry
 from bezoar.evaluation.scores import Measure
 from bezoar.reports import heat_maps, metric_names, page, pictures
 from bezoar.reports.page import execute
 from bezoar.reports.run_page import RunView, build_page
-from bezoar.reports.sections import evaluate, reproduce, scan, train
+from bezoar.reports.sections import evaluate, repair, reproduce, scan, train
 from bezoar.runs import inputs
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
@@ -353,6 +353,24 @@ def test_differences_that_are_no_more_than_noise_are_not_drawn() -> None:
 
 def cell_of(name: str, value: float) -> dict:
     return {"name": name, "rate": True, "measure": Measure(value, 9, 0, 1, "").json()}
+
+
+def test_no_other_repair_is_offered_where_all_were_used(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "repair-all"
+    run.mkdir(parents=True)
+    metrics = {
+        f"{stage}.attack_success": Measure(0.9, 9, 0.8, 1, "").json()
+        for stage in ("before", "after")
+    }
+    manifest = {"schema": 1, "verb": "repair", "status": "done", "ask": {}, "metrics": metrics}
+    repairs = registry.method_names("repair")
+    for used, offered in ((repairs[1:], True), (repairs, False)):
+        (run / "manifest.json").write_text(json.dumps(manifest | {"notes": {"repairs": used}}))
+        view = repair.RepairView(Run(run))
+        view.head = ""
+        steps = repair.next_steps(view)
+        assert any("Try another repair" in step.text for step in steps) == offered
+        assert "Audit what is left" in steps[-1].text
 
 
 def test_a_table_without_claims_says_its_numbers() -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from bezoar import registry
 from bezoar.cli import main
-from bezoar.data.files import parquet, parquet_pages, tables
+from bezoar.data.files import parquet, tables
 from bezoar.data.files.paths import expand_paths
 from bezoar.data.pairs import load_pairs
 from bezoar.data.shards import write_shards
@@ -838,18 +838,6 @@ def test_rows_of_a_small_table_are_unpacked_once_in_whatever_order_they_are_aske
     for row in np.random.default_rng(0).permutation(400).tolist():
         assert cells.read(0, row, 64) == images[row]
     assert len(read) == 2
-
-
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-def test_pages_are_found_where_arrow_writes_them(tmp_path, version):
-    table = pa.table({"image": [os.urandom(1 << 12) for _ in range(500)], "n": list(range(500))})
-    for compression in ("none", "zstd"):
-        pq.write_table(
-            table, tmp_path / "t.parquet", data_page_version=version, compression=compression
-        )
-        chunk = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0).column(0)
-        with (tmp_path / "t.parquet").open("rb") as raw:
-            assert 1 << 20 <= parquet_pages.largest_page(raw, chunk) < chunk.total_uncompressed_size
 
 
 def test_a_table_reads_nothing_outside_its_root(tmp_path, tiny):

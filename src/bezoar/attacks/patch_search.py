@@ -40,14 +40,10 @@ TEXT_BATCH = 512
 class PatchTrigger(Protocol):
     """The part of trigger `patch` that gives the patch's places."""
 
-    @property
-    def size(self) -> int: ...
-    @property
-    def place(self) -> str: ...
-    @property
-    def margin(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
+    size: int
+    place: str
+    margin: int
+    seed: int
 
 
 @dataclass(frozen=True)

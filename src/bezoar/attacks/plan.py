@@ -206,7 +206,7 @@ class Plan:
         """
         if not self.edits:
             return stored
-        rows = stored.ids.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
+        rows = stored.find_rows({e.source for e in self.edits} | {e.id for e in self.edits})
         row_of = dict(zip(stored.ids.take(rows), rows.tolist(), strict=True))
         edits = [edit for edit in self.edits if edit.source in row_of]
         poisons = stored.select([row_of[edit.source] for edit in edits])
@@ -395,8 +395,7 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
         outside: number of images from outside the data set.
 
     Returns:
-        int64 rows of the concatenation of records, poisons and outside images: each poison is in
-            the
+        int64 rows of the concatenation of records, poisons and outside images: each poison is in the
         place of the record that it replaces, and additions come last.
     """
     order = np.arange(count + len(replaced_rows) + outside)

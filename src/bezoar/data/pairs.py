@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -99,6 +99,10 @@ class Pairs:
         See `StoredPairs.select`.
         """
         return self.take(rows)
+
+    def find_rows(self, wanted: Collection[str]) -> np.ndarray:
+        """Return the rows of the records that have one of these ids, int64, ascending."""
+        return np.flatnonzero([i in wanted for i in self.ids])
 
     def with_ids(self, ids: Strings) -> Pairs:
         """Return the same records under other ids."""

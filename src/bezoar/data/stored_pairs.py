@@ -16,7 +16,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -216,6 +216,10 @@ class StoredPairs:
             captions=self.captions.take(index) if len(self.captions) else self.captions,
             labels=None if self.labels is None else self.labels[torch.from_numpy(index)],
         )
+
+    def find_rows(self, wanted: Collection[str]) -> np.ndarray:
+        """Return the rows of the records that have one of these ids, int64, ascending."""
+        return self.ids.find_rows(wanted)
 
     def with_ids(self, ids: Strings) -> StoredPairs:
         """Return the same records under other ids."""

@@ -29,7 +29,7 @@ from bezoar.evaluation.kmeans import cluster_centres
 from bezoar.progress import ProgressReport, no_report
 from bezoar.runs import inputs
 from bezoar.runs.run import MANIFEST, Run
-from bezoar.runs.verb import input_files, spec_of_path
+from bezoar.runs.verb import spec_of_path
 
 BATCH = 128  # images at a time
 ROWS = 1 << 13  # records that are read at a time
@@ -77,7 +77,7 @@ def reference_files(reference: str) -> list[Path]:
     model = _find_reference(reference)
     if isinstance(model, Run):
         return [model.path / "encoder.safetensors"]
-    return input_files(model)
+    return registry.input_files(model)
 
 
 def lend_reference(detectors: Sequence[Any], reference: str, data: Any) -> tuple[Any, ...]:

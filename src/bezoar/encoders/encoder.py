@@ -23,7 +23,7 @@ from bezoar import registry
 from bezoar.data.files.artefacts import Facts, read_facts
 from bezoar.data.files.tensors import read_tensors, write_tensors
 from bezoar.data.files.writing import write_whole
-from bezoar.data.pairs import Pairs
+from bezoar.data.pairs import Batched, Pairs
 from bezoar.data.strings import Strings
 from bezoar.errors import UserError
 
@@ -87,12 +87,6 @@ class NoImages(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Raise UserError."""
         raise UserError("this encoder reads texts and no images; give it records of texts alone")
-
-
-class Batches(Protocol):
-    """Records that come in batches: any source of data."""
-
-    def batches(self, size: int) -> Iterator[Pairs]: ...
 
 
 def precision_for(device: torch.device) -> str:
@@ -219,7 +213,7 @@ class Encoder(nn.Module):
         return torch.cat([self.encode_tokens(part) for part in parts])
 
     @torch.inference_mode()
-    def embed(self, source: Batches, batch: int = 512) -> EmbeddedRecords:
+    def embed(self, source: Batched, batch: int = 512) -> EmbeddedRecords:
         """Embed the records of a source, and their captions if the encoder has a text tower.
 
         Args:

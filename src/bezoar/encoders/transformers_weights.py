@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,8 +167,7 @@ def _rename_blocks(
             renamed[f"{prefix}{match[1]}.{names[part]}{weight}"] = tensor
         else:
             unknown.append(key)
-    if unknown:
-        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(unknown)}")
+    _refuse_rest(unknown, path)
     for (number, weight), parts in qkv.items():
         joint = torch.cat([parts["q"], parts["k"], parts["v"]])
         renamed[f"{prefix}{number}.{names['qkv']}{weight}"] = joint
@@ -184,9 +183,20 @@ def _norm(old: str, new: str) -> dict[str, str]:
     return {f"{old}.{part}": f"{new}.{part}" for part in ("weight", "bias")}
 
 
-def _refuse_rest(others: Weights, path: str) -> None:
-    if others:
-        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(others)}")
+CLIP_NAMES = {  # of both towers, beside the blocks
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    **_norm("pre_layrnorm", "ln_pre"),
+    **_norm("post_layernorm", "ln_post"),
+    **_norm("final_layer_norm", "ln_final"),
+}
+
+
+def _refuse_rest(keys: Collection[str], path: str) -> None:
+    if keys:
+        raise UserError(f"{path}: weights of transformers; unexpected: {format_keys(keys)}")
 
 
 def _drop(others: dict[str, Tensor], *beginnings: str) -> tuple[str, ...]:
@@ -365,7 +375,9 @@ def _translate_clip(config: Facts, tensors: dict[str, Tensor], side: int, path: 
     tower, rest = _split_tower(tensors, path)
     texts = weight_prefixes.below(rest, "text_model.")
     _drop(rest, "text_model.")
-    weights = _clip_image_weights(tower, rest.pop("visual_projection.weight", None), path)
+    weights = _clip_tower(tower, path)
+    identity = torch.eye(len(weights["class_embedding"]))
+    weights["proj"] = rest.pop("visual_projection.weight", identity).T
     text_projection = rest.pop("text_projection.weight", None)
     scale = rest.pop("logit_scale", torch.tensor(2.6593))
     _refuse_rest(rest, path)
@@ -412,7 +424,8 @@ def _translate_clip(config: Facts, tensors: dict[str, Tensor], side: int, path: 
         )
     assert text_projection is not None
     both = {f"visual.{key}": tensor for key, tensor in weights.items()}
-    both |= _clip_text_weights(texts, text_projection, path) | {"logit_scale": scale.reshape(())}
+    both |= _clip_tower(texts, path)
+    both |= {"text_projection": text_projection.T, "logit_scale": scale.reshape(())}
     what = f"a CLIP of transformers, {size_text}"
     return Translation(f"open_clip:{spec}", what, both, image_size, "clip")
 
@@ -451,40 +464,12 @@ def _split_tower(tensors: Weights, path: str) -> tuple[dict[str, Tensor], dict[s
     return {k: v for k, v in tensors.items() if k not in projection}, projection
 
 
-def _clip_image_weights(tower: Weights, projection: Tensor | None, path: str) -> dict[str, Tensor]:
-    """The image tower by open_clip's names. Without a projection, the identity takes its place."""
+def _clip_tower(tower: Weights, path: str) -> dict[str, Tensor]:
+    """An image tower or a text tower by open_clip's names, without its projection."""
     weights, others = _rename_blocks(tower, OPEN_CLIP, "transformer.resblocks.", path)
     _drop(others, "embeddings.position_ids")
-    weights |= _take(
-        others,
-        {
-            "embeddings.class_embedding": "class_embedding",
-            "embeddings.patch_embedding.weight": "conv1.weight",
-            "embeddings.position_embedding.weight": "positional_embedding",
-            **_norm("pre_layrnorm", "ln_pre"),
-            **_norm("post_layernorm", "ln_post"),
-        },
-    )
+    weights |= _take(others, CLIP_NAMES)
     _refuse_rest(others, path)
-    width = len(weights["class_embedding"])
-    weights["proj"] = torch.eye(width) if projection is None else projection.T
-    return weights
-
-
-def _clip_text_weights(texts: Weights, projection: Tensor, path: str) -> dict[str, Tensor]:
-    """The text tower by open_clip's names."""
-    weights, others = _rename_blocks(texts, OPEN_CLIP, "transformer.resblocks.", path)
-    _drop(others, "embeddings.position_ids")
-    weights |= _take(
-        others,
-        {
-            "embeddings.token_embedding.weight": "token_embedding.weight",
-            "embeddings.position_embedding.weight": "positional_embedding",
-            **_norm("final_layer_norm", "ln_final"),
-        },
-    )
-    _refuse_rest(others, path)
-    weights["text_projection"] = projection.T
     return weights
 
 

@@ -61,7 +61,7 @@ def make_canaries(plan: Plan, clean: Pairs | StoredPairs) -> Canaries:
             "this run holds no canaries; `bezoar poison DATA --poison canary --trigger patch --write shards` makes them"
         )
     sources = {edit.source for edit in edits}
-    pairs = plan.poisons(clean.take([i for i, k in enumerate(clean.ids) if k in sources]))
+    pairs = plan.poisons(clean.take(clean.find_rows(sources)))
     row_of = {key: row for row, key in enumerate(pairs.ids)}
     return Canaries(edits, pairs.images[[row_of[edit.id] for edit in edits]])
 

@@ -24,7 +24,7 @@ CLEAR_GAIN = 0.05  # gain in accuracy from which another normalisation is called
 ALWAYS_CLEAR = 0.75  # accuracy that is no guess, however few classes there are
 MOST_TRIED = 512  # images that it is tried on
 CLUSTERS = 12  # pseudo-classes if there are no classes
-Kind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
+ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def cluster_classifier(encoder: Encoder, data: Pairs) -> Classifier:
     return Classifier(encoder, lambda v: 4 / spread * (2 * v @ centres.T - squares), names, how)
 
 
-def make_classifier(encoder: Encoder, data: Pairs, kind: Kind = "auto") -> Classifier:
+def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto") -> Classifier:
     """Return the encoder with a head of the given kind.
 
     Args:

@@ -30,20 +30,13 @@ _cached_stacks: OrderedDict[str, Stack] = OrderedDict()
 class Recipe(Protocol):
     """The fields of a method that `fit` reads. dropout: of the first hidden layer."""
 
-    @property
-    def hidden(self) -> tuple[int, ...]: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def shuffle(self) -> bool: ...
-    @property
-    def seeds(self) -> int: ...
+    hidden: tuple[int, ...]
+    dropout: float
+    lr: float
+    batch: int
+    epochs: int
+    shuffle: bool
+    seeds: int
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +67,12 @@ class DomainTable:
         bought = [self.buy(d) for d in (dose.value, dose.low, dose.high)]
         n = len(self.names)
         shares = [count / n if math.isfinite(cost) else math.inf for count, cost in bought]
+        cost, low, high = (cost for _, cost in bought)
         how = f"of {n:,} domains with {self.records.sum():,.0f} records that serve; {dose.how}"
         return {
             f"domain_share_{name}": Measure(shares[0], n, shares[1], shares[2], f"share {how}"),
-            f"cost_{name}": Measure(*_ends([c for _, c in bought], n), f"sum of prices {how}"),
+            f"cost_{name}": Measure(cost, n, low, high, f"sum of prices {how}"),
         }
-
-
-def _ends(costs: Sequence[float], n: int) -> tuple[float, int, float, float]:
-    return costs[0], n, costs[1], costs[2]
 
 
 def read_domains(path: Path, price: float, target: str) -> DomainTable:

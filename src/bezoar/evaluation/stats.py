@@ -21,6 +21,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 Floats: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
 AUROC_INTERVAL = "DeLong interval, at least Newcombe's"  # names `auroc_interval` on pages
+TPR = 0.95  # share of the poisons that the cut of `fpr_at_tpr` catches
 BOOTSTRAP_CELLS = 4_000_000  # resampled counts that are held at a time
 
 
@@ -36,7 +37,7 @@ def average_precision(scores: ArrayLike, truth: ArrayLike) -> float:
     return float(average_precision_score(is_poison, s))
 
 
-def fpr_at_tpr(scores: ArrayLike, truth: ArrayLike, tpr: float = 0.95) -> float:
+def fpr_at_tpr(scores: ArrayLike, truth: ArrayLike, tpr: float = TPR) -> float:
     """Return the share of clean records at or above the cut that catches `tpr` of the poisons."""
     positives, negatives = _count_by_threshold(*_check_inputs(scores, truth))
     return float(_fpr_at_tpr(positives[None], negatives[None], tpr)[0])
@@ -164,20 +165,12 @@ def average_precision_interval(
     return _widest(interval, wilson_interval(hits, n, level))
 
 
-def fpr_interval(
-    scores: ArrayLike,
-    truth: ArrayLike,
-    tpr: float = 0.95,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Interval:
+def fpr_interval(scores: ArrayLike, truth: ArrayLike) -> Interval:
     """Return the bootstrap interval of `fpr_at_tpr`, at least Wilson's at a fixed cut."""
     s, is_poison = _check_inputs(scores, truth)
     n = int((~is_poison).sum())
-    hits = round(fpr_at_tpr(s, is_poison, tpr) * n)
-    interval = bootstrap(lambda p, n: _fpr_at_tpr(p, n, tpr), s, is_poison, level, draws, seed)
-    return _widest(interval, wilson_interval(hits, n, level))
+    hits = round(fpr_at_tpr(s, is_poison) * n)
+    return _widest(bootstrap(_fpr_at_tpr, s, is_poison), wilson_interval(hits, n))
 
 
 def bootstrap(
@@ -263,7 +256,7 @@ def _average_precision(positives: Floats, negatives: Floats) -> Floats:
     return np.asarray(area / true_positives[:, -1], np.float64)
 
 
-def _fpr_at_tpr(positives: Floats, negatives: Floats, tpr: float) -> Floats:
+def _fpr_at_tpr(positives: Floats, negatives: Floats, tpr: float = TPR) -> Floats:
     true_positives = positives.cumsum(1)
     false_positives = negatives.cumsum(1)
     first = (true_positives >= tpr * true_positives[:, -1:] - 1e-9).argmax(1)

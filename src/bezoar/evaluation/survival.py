@@ -174,11 +174,6 @@ def build_treatments(
     return list(dict.fromkeys(treatments))
 
 
-def energy_ratio(residue: Tensor, before: Tensor) -> Tensor:
-    """Return the squared length of what is left over that before, (N,), both (N, 3, H, W)."""
-    return residue.square().sum((1, 2, 3)) / before.square().sum((1, 2, 3))
-
-
 def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     """Compare the rest of a trigger with its pattern, at the best offset of each image.
 
@@ -252,14 +247,13 @@ class Survival:
         triggered, clean = (treatment(x, self.seed) for x in (self.triggered, self.clean))
         residue = triggered - clean
         projection, correlation = correlate_pattern(residue, self.pattern)
+        energy, before = (x.square().sum((1, 2, 3)) for x in (residue, self.pattern))  # (N,)
         how = f"{treatment.title}; mean over images, t interval"
         measures = {
             "pattern_kept": average(
                 projection, f"projection on the trigger's own pattern, at the best offset; {how}"
             ),
-            "energy_kept": average(
-                energy_ratio(residue, self.pattern), f"squared difference over that before; {how}"
-            ),
+            "energy_kept": average(energy / before, f"squared difference over that before; {how}"),
             "pattern_correlation": average(
                 correlation,
                 f"correlation with the trigger's own pattern, at the best offset; {how}",

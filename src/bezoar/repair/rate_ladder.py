@@ -36,10 +36,8 @@ Log = dict[str, Any]  # facts about a repair, as JSON
 class LadderFields(Protocol):
     """The fields of a repair that chooses its learning rate."""
 
-    @property
-    def lrs(self) -> tuple[float, ...]: ...
-    @property
-    def tolerance(self) -> float: ...
+    lrs: tuple[float, ...]
+    tolerance: float
 
 
 @dataclass(frozen=True)

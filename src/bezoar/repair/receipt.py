@@ -314,7 +314,9 @@ class RevivalTest:
         for i, (name, encoder, goal, poisoned) in enumerate(trials):
             self.report(i, len(trials), name.replace("_", " "))
             data = replace(self.case, goals=(goal,), victims=None, inverted=())
-            own_head = self.has_own_head(encoder)
+            own_head = self.clean.labels is not None and classifiers.fits_own_head(
+                encoder, self.case.test.classes
+            )
             if poisoned and encoder.text is None and not own_head:
                 of_trial = self.measure_poisoned_head(data, encoder, goal)
             else:
@@ -323,12 +325,6 @@ class RevivalTest:
                 of_trial = data.read(data.default_head(tuned), (goal,))
             measures |= {f"{name}.{k}": m for k, m in of_trial.items()}
         return measures
-
-    def has_own_head(self, encoder: Encoder) -> bool:
-        """Whether the encoder classifies the test classes, and clean records have labels."""
-        return self.clean.labels is not None and classifiers.fits_own_head(
-            encoder, self.case.test.classes
-        )
 
     def tune_classifier(self, encoder: Encoder, goal: Goal | None) -> Encoder:
         """A copy of a classifier after two epochs on the labelled clean records.

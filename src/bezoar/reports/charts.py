@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -340,8 +339,3 @@ def draw_strips(rows: Sequence[Series], marks: Sequence[Mark], label: str) -> Ma
     if marks:
         add_legend(figure, len(marks) + 1, columns=len(marks))
     return svg_markup(figure, f"{label} by group: {', '.join(row.name for row in rows)}")
-
-
-def series_colours(names: Sequence[str]) -> list[str]:
-    """Return a colour for each of several series, by their place."""
-    return list(itertools.islice(itertools.cycle(SERIES_COLOURS), len(names)))

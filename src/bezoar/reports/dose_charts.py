@@ -94,10 +94,10 @@ def draw_dose_response(
     positive = [x for x in doses if x > 0] or [1.0]
     greatest = positive[-1] if positive[-1] > positive[0] else 10 * positive[0]
     dose_axis = DoseAxis(positive[0], greatest)
-    limits = _set_value_axis(axes, [m for c in curves for m in c.points], label, percent)
+    _set_value_axis(axes, [m for c in curves for m in c.points], label, percent)
     for i, curve in enumerate(curves):
         # Curves are moved a little sideways, so that intervals do not cover one another.
-        _draw_curve(axes, curve, dose_axis, 0.018 * (i - (len(curves) - 1) / 2), unit, limits)
+        _draw_curve(axes, curve, dose_axis, 0.018 * (i - (len(curves) - 1) / 2), unit)
     _label_doses(axes, doses, dose_axis)
     axes.set_xlabel(f"{axis or unit} (log scale)")
     fitted = any(c.fit for c in curves)
@@ -109,23 +109,16 @@ def draw_dose_response(
     return svg_markup(figure, f"{label} by {axis or unit}. {'; '.join(descriptions)}")
 
 
-def _draw_curve(
-    axes: Axes,
-    curve: Curve,
-    dose_axis: DoseAxis,
-    offset: float,
-    unit: str,
-    limits: tuple[float, float],
-) -> None:
+def _draw_curve(axes: Axes, curve: Curve, dose_axis: DoseAxis, offset: float, unit: str) -> None:
     """Draw the points of a curve, with its fit or with a line through the doses above 0."""
     x = dose_axis.place(curve.doses) + offset
     colour = COLOURS[curve.colour]
     if curve.fit:
         summary = curve.fit.describe(unit).partition(", slope")[0].partition(";")[0]
-        _draw_points(axes, x, curve.points, colour, f"{curve.name}: {summary}", limits)
+        _draw_points(axes, x, curve.points, colour, f"{curve.name}: {summary}")
         _draw_fit(axes, curve.fit, colour, dose_axis)
         return
-    _draw_points(axes, x, curve.points, colour, curve.name, limits)
+    _draw_points(axes, x, curve.points, colour, curve.name)
     positive = np.asarray(curve.doses) > 0
     values = np.array([m.value for m in curve.points])
     axes.plot(x[positive], values[positive], color=colour)
@@ -156,12 +149,12 @@ def draw_levels(
     crowded = len(groups) > 5 or len(groups) * len(series) > 12 or sum(map(len, groups)) > 60
     figure, axes = new_figure(size or (WIDE if crowded else HALF))
     everything = [m for _, _, measures in series for m in measures if m is not None]
-    limits = _set_value_axis(axes, everything, label, percent)
+    _set_value_axis(axes, everything, label, percent)
     for i, (title, colour, measures) in enumerate(series):
         offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
         x = np.array([g + offset for g, m in enumerate(measures) if m is not None])
         points = [m for m in measures if m is not None]
-        _draw_points(axes, x, points, COLOURS[colour], title, limits)
+        _draw_points(axes, x, points, COLOURS[colour], title)
     width = max(8, (120 if crowded else 56) // max(1, len(groups)))  # characters
     axes.set_xticks(range(len(groups)), [textwrap.fill(g, width, max_lines=3) for g in groups])
     axes.tick_params(axis="x", labelcolor=COLOURS["ink"], length=0)
@@ -172,35 +165,27 @@ def draw_levels(
     return svg_markup(figure, f"{label}. {'; '.join(descriptions)}")
 
 
-def _set_value_axis(
-    axes: Axes, points: Sequence[Measure], label: str, percent: bool
-) -> tuple[float, float]:
-    """Set up the axis of values and return its ends, at which intervals without an end are cut."""
+def _set_value_axis(axes: Axes, points: Sequence[Measure], label: str, percent: bool) -> None:
+    """Set up the axis of values."""
     axes.set_ylabel(label)
     if percent:
         axes.set_yticks(np.linspace(0, 1, 6))
         axes.set_ylim(0, 1)
         set_percent_axis(axes.yaxis)
-        return 0.0, 1.0
+        return
     values = [v for m in points for v in (m.low, m.value, m.high) if math.isfinite(v)] or [0.0]
     margin = 0.06 * (max(values) - min(values)) or 1.0
-    limits = (min(values) - margin, max(values) + margin)
-    axes.set_ylim(*limits)
-    return limits
+    axes.set_ylim(min(values) - margin, max(values) + margin)
 
 
-def _draw_points(
-    axes: Axes,
-    x: Floats,
-    points: Sequence[Measure],
-    colour: str,
-    title: str,
-    limits: tuple[float, float],
-) -> None:
-    """Draw dots with error bars, in front of lines and bands."""
+def _draw_points(axes: Axes, x: Floats, points: Sequence[Measure], colour: str, title: str) -> None:
+    """Draw dots with error bars, in front of lines and bands.
+
+    Intervals without an end are cut where the axis of values ends.
+    """
     value = np.array([m.value for m in points], dtype=float)
-    low = np.clip([m.low for m in points], *limits)
-    high = np.clip([m.high for m in points], *limits)
+    low = np.clip([m.low for m in points], *axes.get_ylim())
+    high = np.clip([m.high for m in points], *axes.get_ylim())
     errors = np.clip([value - low, high - value], 0, None)  # (2, N)
     style: Style = {"fmt": "o", "markersize": 4.5, "elinewidth": 1.3, "capsize": 2.5, "zorder": 3}
     dots, caps, bars = axes.errorbar(x, value, errors, color=colour, label=title, **style)

@@ -122,7 +122,7 @@ def template_values(run: Run, page: Page) -> dict[str, Any]:
     manifest = run.manifest
     measures = metric_names.read_measures(run)
     rows = {k: metric_names.metric_row(k, m, page.poisoned) for k, m in measures.items()}
-    notes = metric_names.as_dict(manifest.get("notes"))
+    notes = manifest.get("notes", {})
     sections = {title: make_section(make) for title, make in page.sections.items()}
     return {
         "verb": run.verb,
@@ -140,9 +140,9 @@ def template_values(run: Run, page: Page) -> dict[str, Any]:
         "started": manifest.get("started", ""),
         "seconds": manifest.get("seconds"),
         "memory": manifest.get("peak_memory_bytes"),
-        "environment": metric_names.as_dict(manifest.get("environment")),
+        "environment": manifest.get("environment", {}),
         "notes": [(name, note_text(value)) for name, value in notes.items()],
-        "outputs": metric_names.as_dict(manifest.get("outputs")),
+        "outputs": manifest.get("outputs", {}),
         "version": manifest.get("bezoar", ""),
     }
 
@@ -169,7 +169,7 @@ class ParentLink:
 def group_parents(run: Run) -> dict[str, list[ParentLink]]:
     """Return links to the parents of a run, by input or verb."""
     roles: dict[str, str] = {}
-    for field, value in metric_names.as_dict(run.manifest.get("ask")).items():
+    for field, value in run.manifest.get("ask", {}).items():
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, dict) and isinstance(entry.get("run"), str):
                 roles[entry["run"]] = field.replace("_", " ")
@@ -183,10 +183,10 @@ def group_parents(run: Run) -> dict[str, list[ParentLink]]:
 def typed_inputs(run: Run) -> dict[str, str]:
     """Return the inputs that are no runs, as the user typed them: data, encoders, methods."""
     verb_class = find_verb(run.verb)
-    ask = metric_names.as_dict(run.manifest.get("ask"))
+    ask = run.manifest.get("ask", {})
     marks = {} if verb_class is None else field_marks(verb_class)
     texts = {}
-    for name, value in metric_names.as_dict(run.manifest.get("typed")).items():
+    for name, value in run.manifest.get("typed", {}).items():
         answer = ask.get(name)
         is_run = isinstance(answer, dict) and "run" in answer
         if (mark := marks.get(name)) and mark.what and value and not is_run:

@@ -56,7 +56,7 @@ def take_victims(dataset: Dataset, goals: Iterable[Goal]) -> tuple[list[Goal], P
 
 
 def _take_ids(records: Pairs | StoredPairs, ids: set[str]) -> Pairs:
-    return records.take([i for i, k in enumerate(records.ids) if k in ids])
+    return records.take(records.find_rows(ids))
 
 
 def _concatenate(parts: Sequence[Pairs]) -> Pairs:

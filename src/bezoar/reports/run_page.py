@@ -78,8 +78,8 @@ class RunView:
         self.manifest = run.manifest
         self.measures: dict[str, Measure] = metric_names.read_measures(run)
         self.goals: list[Goal] = metric_names.read_goals(run)
-        self.notes = metric_names.as_dict(self.manifest.get("notes"))
-        self.ask = metric_names.as_dict(self.manifest.get("ask"))
+        self.notes: dict[str, Any] = self.manifest.get("notes", {})
+        self.ask: dict[str, Any] = self.manifest.get("ask", {})
 
     @functools.cached_property
     def data(self) -> inputs.Dataset:
@@ -89,7 +89,7 @@ class RunView:
     @functools.cached_property
     def test_pairs(self) -> Pairs:
         """The test records that the run was measured on."""
-        run = self.input_run("test")
+        run = self.run.input_run("test")
         if run is None:
             return inputs.read_pairs(self.test_method)
         return inputs.open_dataset(run).pairs
@@ -100,7 +100,7 @@ class RunView:
         test = self.ask.get("test")
         if isinstance(test, dict):
             return inputs.recorded_method(test, self.run)
-        method = inputs.test_split(inputs.root_method(self.input_run("encoder") or self.run))
+        method = inputs.test_split(inputs.root_method(self.run.input_run("encoder") or self.run))
         if registry.spec(method) != self.notes.get("test"):
             raise UserError("the run was measured on test data that it was not asked for with")
         return method
@@ -118,17 +118,10 @@ class RunView:
         """Return a note that is an object; empty if the run has no such note."""
         return metric_names.as_dict(self.notes.get(name))
 
-    def input_run(self, name: str) -> Run | None:
-        """Return the run that was given as an input; None if the input was no run."""
-        value = self.ask.get(name)
-        return (
-            self.run.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
-        )
-
     def input_text(self, name: str) -> str:
         """An input as text for a command: the name of a run, or the user's text."""
-        run = self.input_run(name)
-        typed = as_list(metric_names.as_dict(self.manifest.get("typed")).get(name))
+        run = self.run.input_run(name)
+        typed = as_list(self.manifest.get("typed", {}).get(name))
         return run.name if run else " ".join(shlex.quote(str(word)) for word in typed)
 
     def command(self, words: str) -> str:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
-from bezoar.reports import metric_names
 from bezoar.runs.run import Run
-from bezoar.runs.verb import positional_fields
-
-VERBS = Path(__file__).parents[1] / "verbs"
+from bezoar.runs.verb import load_verb, positional_fields, verb_names
 
 
 def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
@@ -21,7 +16,7 @@ def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
     seeded: with the run's seed. changes: fields that are to have another value.
     """
     manifest = run.manifest
-    verb, ask = manifest["verb"], metric_names.as_dict(manifest.get("ask"))
+    verb, ask = manifest["verb"], manifest.get("ask", {})
     verb_class = find_verb(verb)
     defaults = {} if verb_class is None else field_defaults(verb_class)
     positional = () if verb_class is None else positional_fields(verb_class)
@@ -50,10 +45,7 @@ def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
 
 def find_verb(verb: str) -> type | None:
     """Return the class of a verb; None for a verb that this version of bezoar does not have."""
-    if not (VERBS / f"{verb}.py").is_file():
-        return None
-    verb_class: type = getattr(importlib.import_module(f"bezoar.verbs.{verb}"), verb.title())
-    return verb_class
+    return load_verb(verb) if verb in verb_names() else None
 
 
 def field_defaults(verb_class: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bezoar import machine, registry
-from bezoar.data.files.images import IMAGE_EXTENSIONS
+from bezoar.data.files.paths import IMAGE_EXTENSIONS
 from bezoar.data.files.tables import cut_blocks
 from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.source import as_source
@@ -19,10 +19,10 @@ from bezoar.runs.verb import (
     Settings,
     Trial,
     Verb,
-    find_input,
     input_fields,
     input_to_json,
     is_verb,
+    resolve_text,
     verb_name,
 )
 
@@ -30,7 +30,6 @@ from bezoar.runs.verb import (
 # Measured by `pairs_per_second` in the manifests of trainings on two cores (AMD, AVX-512, bf16).
 PAIRS_PER_SECOND = 1100
 WIDTH = 32  # of that network; narrower ones are about as much faster as they have fewer channels
-PASSES_PER_SECOND = 6000  # of images through its image tower, without gradients
 SIZE = 32
 COUNTED_TARS = 4  # further tars are assumed to hold as many records a byte
 
@@ -109,8 +108,7 @@ def _method_of(value: Any, settings: Settings, what: str = "data") -> Any:
         inner = value.verb if isinstance(value, Trial) else value
         value = next((getattr(inner, name) for name, _ in input_fields(inner).items()), None)
     if isinstance(value, (str, Path)):
-        resolved = find_input(str(value), what, settings.runs)
-        value = resolved if isinstance(resolved, Run) else registry.make(*resolved)
+        value = resolve_text(str(value), what, settings.runs)
     return inputs.root_method(value) if isinstance(value, Run) else value
 
 

@@ -32,12 +32,11 @@ from bezoar.runs.verb import (
     Trial,
     Verb,
     check_verb,
-    find_input,
     fingerprint,
     input_fields,
-    input_files,
     input_to_json,
     is_verb,
+    resolve_text,
     verb_name,
 )
 from bezoar.terminal import warn
@@ -265,21 +264,15 @@ def _resolve(value: Any, what: str, settings: Settings) -> tuple[Any, dict[str, 
         value = execute(value, settings)
     if isinstance(value, (str, Path)):
         registry.allow(str(value))  # the user wrote it, unlike a spec that a file holds
-        value = _resolve_text(str(value), what, settings.runs)
+        value = resolve_text(str(value), what, settings.runs)
     if isinstance(value, Run):
         if (status := value.manifest["status"]) != "done":
             raise UserError(f"run {value.name} is {status}, not done; ask for it again first")
         return value, {"run": value.name}
     identity = {"spec": registry.spec(value), "source": registry.source_hash(type(value))}
-    if files := input_files(value):
+    if files := registry.input_files(value):
         identity["files"] = fingerprint(files)
     return value, identity
-
-
-def _resolve_text(text: str, what: str, runs: Path) -> Any:
-    """The run or configured method that a text names. Raises UserError if there is none."""
-    resolved = find_input(text, what, runs)
-    return resolved if isinstance(resolved, Run) else registry.make(*resolved)
 
 
 def _hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
 from bezoar.runs.reading import note_records
 from bezoar.runs.run import Run, follow
-from bezoar.runs.verb import ENCODER, fingerprint, input_files
+from bezoar.runs.verb import ENCODER, fingerprint
 from bezoar.terminal import warn
 
 TEST_RECORDS = 2000  # of a test split that is made to order
@@ -145,7 +145,7 @@ def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
     method = registry.make("data", record["spec"])
     if getattr(method, "download", False):
         method = dataclasses.replace(method, download=False)
-    files = input_files(method)
+    files = registry.input_files(method)
     if (fingerprint(files) if files else None) != record.get("files"):
         raise UserError(
             f"the files of {record['spec']} are not those that run {run.name} was made from"
@@ -160,7 +160,7 @@ def recorded_trigger(spec: str, run: Run) -> Trigger:
     with; see `recorded_method`. Raises UserError for others.
     """
     trigger: Trigger = registry.make("trigger", spec)
-    files = input_files(trigger)
+    files = registry.input_files(trigger)
     if files:
         content = fingerprint(files)
         recorded = [source.manifest["ask"].get("trigger") for source in run.lineage()]
@@ -252,8 +252,7 @@ def load_victims(plan: Plan, poisoned_by: Run | None) -> Pairs | None:
         victims = load_records(registry.make("data", plan.victims))
     else:
         victims = load_records(recorded_victims(plan.victims, poisoned_by))
-    wanted = {e.source for e in plan.edits}
-    return victims.take([i for i, key in enumerate(victims.ids) if key in wanted])
+    return victims.take(victims.find_rows({e.source for e in plan.edits}))
 
 
 def in_memory(records: Pairs | StoredPairs) -> Pairs:

@@ -193,7 +193,7 @@ class Run:
 
     def input_run(self, field: str) -> Run | None:
         """The run that is the value of a verb's field; None if the value is no run."""
-        value = self.manifest["ask"].get(field)
+        value = self.manifest.get("ask", {}).get(field)
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:

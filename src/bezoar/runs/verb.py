@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import method_source, registry
-from bezoar.data.files.paths import open_regular
+from bezoar.data.files.paths import IMAGE_SUFFIXES, open_regular
 from bezoar.errors import UserError, suggest
 from bezoar.runs.run import Run, find_run, get_run, newest_runs
 
@@ -36,22 +36,6 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
 PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-IMAGES = tuple(
-    [
-        ".png",
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".jpe",
-        ".webp",
-        ".bmp",
-        ".ppm",
-        ".pgm",
-        ".gif",
-        ".tif",
-        ".tiff",
-    ]
-)
 HUB = "hf-hub:"  # prefix of names of the Hugging Face hub
 
 # The value of a field for data, an encoder, a run or a method: a spec, the start of a run's name, a
@@ -215,9 +199,12 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run or a method: the run's directory, or the spec; "" for None."""
-    if value is None:
-        return ""
+    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
+
+    A text is returned as it is.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)
 
 
@@ -240,17 +227,6 @@ def field_marks(verb: type[Verb]) -> dict[str, Takes]:
         metadata = getattr(hints[field.name], "__metadata__", ())
         marks[field.name] = next((m for m in metadata if isinstance(m, Takes)), Takes())
     return marks
-
-
-def input_files(configured: Any) -> list[Any]:
-    """The files that a method reads: those that it lists, or those that its text fields name.
-
-    A file is a path, or a tuple of its recorded name and its path.
-    """
-    if hasattr(configured, "files"):
-        return list(configured.files())
-    texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
-    return [Path(text) for text in texts if os.path.isfile(text)]
 
 
 def fingerprint(files: Iterable[Path | tuple[str, Path]]) -> str:
@@ -316,6 +292,12 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
     return kind, spec
 
 
+def resolve_text(text: str, what: str, runs: Path) -> Any:
+    """The run or configured method that a text names; see `find_input`."""
+    resolved = find_input(text, what, runs)
+    return resolved if isinstance(resolved, Run) else registry.make(*resolved)
+
+
 def join_inputs(texts: Sequence[str], what: str) -> str:
     """Join files of one kind, such as tars from a shell's glob. Raises UserError for others."""
     if len(texts) == 1:
@@ -357,7 +339,7 @@ def find_tables(folder: Path) -> str:
         first = next(iter(folder.glob(pattern)), None)
         if first is not None:
             others = first.parent.iterdir()
-            if not any(p.is_dir() or p.suffix.lower() in IMAGES for p in others):
+            if not any(p.is_dir() or p.suffix.lower() in IMAGE_SUFFIXES for p in others):
                 return pattern
     return ""
 
@@ -394,7 +376,7 @@ def spec_of_path(kind: str, text: str) -> str:
         return f"shards:path={text}"
     if path.suffix == ".npy" or os.path.isdir(path / "img_emb"):
         return f"embeddings:path={text}"
-    if path.suffix.lower() in IMAGES:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
         return f"image:path={text}"
     if os.path.isdir(path):
         is_plain = not glob.has_magic(text) and "{" not in text and '"' not in text

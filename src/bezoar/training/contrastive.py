@@ -20,23 +20,17 @@ from bezoar.training.loop import require
 class Recipe(loop.Recipe, Protocol):
     """Fields of every such objective."""
 
-    @property
-    def temperature(self) -> float: ...
+    temperature: float
 
 
 class ViewRecipe(Recipe, Protocol):
     """Fields of one that looks at other views of images and captions too (see `ViewLoss`)."""
 
-    @property
-    def crop(self) -> float: ...
-    @property
-    def flip(self) -> float: ...
-    @property
-    def jitter(self) -> float: ...
-    @property
-    def gray(self) -> float: ...
-    @property
-    def words(self) -> float: ...
+    crop: float
+    flip: float
+    jitter: float
+    gray: float
+    words: float
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -17,22 +17,14 @@ from bezoar.training.loop import require
 class Recipe(loop.Recipe, Protocol):
     """Fields of every such objective: sizes of the head, and the augmentation."""
 
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def crop(self) -> float: ...
-    @property
-    def flip(self) -> float: ...
-    @property
-    def jitter(self) -> float: ...
-    @property
-    def colour(self) -> float: ...
-    @property
-    def gray(self) -> float: ...
-    @property
-    def blur(self) -> float: ...
+    hidden: int
+    dim: int
+    crop: float
+    flip: float
+    jitter: float
+    colour: float
+    gray: float
+    blur: float
 
 
 def check_recipe(recipe: Recipe) -> None:

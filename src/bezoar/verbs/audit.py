@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -33,6 +33,7 @@ from bezoar.errors import UnwritableError, UserError
 from bezoar.evaluation.classifiers import (
     CLUSTERS,
     Classifier,
+    ClassifierKind,
     make_classifier,
     measure_own_head,
 )
@@ -41,10 +42,9 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import Run
-from bezoar.runs.verb import Input, Takes, input_name
+from bezoar.runs.verb import Input, Takes, input_name, input_spec
 from bezoar.terminal import warn
 
-ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"]
 DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
 TEXT_AUDITS = ("token_sweep",)  # where the clean records are texts
 SARIF_FILE = "audit.sarif"
@@ -100,7 +100,7 @@ class Audit:
     def title(self) -> str:
         """What stands before its progress: the audit's name too, where it is one of several that are run."""
         return (
-            f"audit {audit_spec(self.audit[0]).partition(':')[0]}"
+            f"audit {input_spec(self.audit[0]).partition(':')[0]}"
             if len(self.audit) == 1
             else "audit"
         )
@@ -181,8 +181,8 @@ class Audit:
         """Say on stderr what the verdict can be, and how long it will take; not where `--quiet`."""
         if job.settings.quiet:
             return
-        suspect, data, audits = (job.inputs[name] for name in ("encoder", "data", "audit"))
-        method = data if data is not None else default_clean_images(suspect)
+        suspect, audits = job.inputs["encoder"], job.inputs["audit"]
+        method = clean_images(job.inputs["data"], suspect)
         sample, labelled = sample_clean_records(method, self.images)
         encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         classes = len(encoder.about.get("classes") or labelled.classes) or CLUSTERS
@@ -226,8 +226,7 @@ class Audit:
 
     def _try_on_reference(self, job: Job, findings: AuditFindings) -> None:
         """Note what the inverted triggers do to the reference encoder."""
-        suspect, data = job.inputs["encoder"], job.inputs["data"]
-        method = data if data is not None else default_clean_images(suspect)
+        method = clean_images(job.inputs["data"], job.inputs["encoder"])
         sample, labelled = sample_clean_records(method, self.images)
         reference = inputs.load_encoder(job.inputs["reference"], job.device, sample)
         check_auditable(reference, "the reference")
@@ -240,8 +239,7 @@ class Audit:
         """Run the one audit there is."""
         audit: audits.Audit = job.inputs["audit"][0]
         suspect = job.inputs["encoder"]
-        data = job.inputs["data"]
-        method = data if data is not None else default_clean_images(suspect)
+        method = clean_images(job.inputs["data"], suspect)
         sample, labelled = sample_clean_records(method, self.images)
         encoder = check_auditable(inputs.load_encoder(suspect, job.device, sample))
         sample = sample.to(job.device)
@@ -330,7 +328,7 @@ def single_audit(
 
 def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
     """The audits, with `parent` among them."""
-    names = [audit_spec(audit).partition(":")[0] for audit in audits]
+    names = [input_spec(audit).partition(":")[0] for audit in audits]
     return tuple(audits) if "parent" in names else (*audits, "parent")
 
 
@@ -359,8 +357,13 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     return labelled.take(range(min(images, len(labelled)))), labelled
 
 
-def default_clean_images(encoder: Any) -> Any:
-    """The test split of what a run's encoder was trained on, as a configured data method."""
+def clean_images(data: Any, encoder: Any) -> Any:
+    """The clean images for an encoder: those given, or the test split of its training data.
+
+    Raises UserError if these are not known.
+    """
+    if data is not None:
+        return data
     if not isinstance(encoder, Run):
         raise UserError("name clean images (--data): what this encoder was trained on is not known")
     return inputs.test_split(inputs.root_method(encoder.ancestor("train") or encoder))
@@ -403,9 +406,8 @@ def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
 
     A warning that belongs to it is printed and noted.
     """
-    suspect, data = job.inputs["encoder"], job.inputs["data"]
-    method = data if data is not None else default_clean_images(suspect)
-    sample, _ = sample_clean_records(method, images)
+    suspect = job.inputs["encoder"]
+    sample, _ = sample_clean_records(clean_images(job.inputs["data"], suspect), images)
     encoder = inputs.load_encoder(suspect, job.device, sample)
     accuracy, warning = measure_own_head(encoder, sample)
     job.notes["weights"] = inputs.describe_weights(encoder)
@@ -438,11 +440,6 @@ def judge_findings(findings: AuditFindings, banks: Sequence[Bank], rate: float) 
         audit["unaided"] = unaided.json() if unaided else None
     larger = [b.sample.images for b in banks if sample.images < b.sample.images]
     facts["few"] = verdict_text.small_sample_warning(sample.images, min(larger, default=0))
-
-
-def audit_spec(audit: Any) -> str:
-    """The spec of an audit, which may be a spec already."""
-    return audit if isinstance(audit, str) else registry.spec(audit)
 
 
 def data_text(method: Any) -> str:

@@ -11,6 +11,7 @@ from bezoar import registry
 from bezoar.auditing import bank
 from bezoar.auditing.bank import Bank, Calibration, Entry, Family, Sample
 from bezoar.errors import UserError
+from bezoar.evaluation.classifiers import ClassifierKind
 from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs, sweep
 from bezoar.runs.execute import Job
@@ -18,7 +19,6 @@ from bezoar.runs.run import MANIFEST, Run
 from bezoar.runs.verb import Input, Takes, Trial, input_spec
 from bezoar.verbs.audit import (
     DEFAULT_AUDITS,
-    ClassifierKind,
     audit_seconds,
     read_findings,
     single_audit,

@@ -24,15 +24,15 @@ from bezoar.data.files.tensors import write_tensors
 from bezoar.data.files.writing import whole_file, write_json
 from bezoar.data.pairs import Pairs, distinct_image_rows
 from bezoar.data.randomness import sample_rows
+from bezoar.data.stored_pairs import class_name
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import make_classifier
+from bezoar.evaluation.classifiers import ClassifierKind, make_classifier
 from bezoar.evaluation.scores import Measure, Scores, detection_measures, proportion
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
-from bezoar.verbs.audit import ClassifierKind
 from bezoar.verbs.evaluate import check_disjoint
 
 SHOWN = 24  # images of each check that are kept for the page
@@ -317,7 +317,8 @@ def write_results(
     results: Mapping[str, CheckResult],
 ) -> None:
     """Write the tables of scores, the flagged images, and pictures of the highest scored."""
-    columns: dict[str, Any] = {"id": list(images.ids), "class": class_names(images)}
+    classes = [class_name(images, row) for row in range(len(images))]
+    columns: dict[str, Any] = {"id": list(images.ids), "class": classes}
     if truth is not None:
         columns["triggered"] = truth
     clean_columns: dict[str, Any] = {"id": list(held_out.ids)}
@@ -352,13 +353,6 @@ def image_json(images: Pairs, truth: Mask | None, result: CheckResult, row: int)
     if images.text_only:
         facts["text"] = images.captions[row]
     return facts
-
-
-def class_names(images: Pairs) -> list[str]:
-    """The class of each image; "" where it is unknown."""
-    if images.labels is None or not images.classes:
-        return [""] * len(images)
-    return [images.classes[label] if label >= 0 else "" for label in images.labels.tolist()]
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:

@@ -173,13 +173,12 @@ def load_labelled(job: Job, test: Dataset) -> Pairs:
     Raises UserError if there is no such split, or if it holds test records.
     """
     train = job.inputs["train"]
-    dataset = inputs.open_dataset(training_split(test.method) if train is None else train)
-    clean = inputs.in_memory(dataset.clean)
+    train = training_split(test.method) if train is None else train
+    clean = inputs.in_memory(inputs.open_dataset(train).clean)
     check_disjoint(
         clean, test.pairs, "labelled records are test records too", "name other train data"
     )
-    name = train.name if isinstance(train, Run) else registry.spec(dataset.method)
-    job.notes |= {"train": name, "labelled": len(clean)}
+    job.notes |= {"train": input_name(train), "labelled": len(clean)}
     return clean
 
 
@@ -211,7 +210,7 @@ def attack_victims(attack: Run | None) -> Pairs | None:
     victim_ids = {v for goal in inputs.goals_to_stamp(attack) for v in goal.victims}
     if dataset.victims is not None or not victim_ids:
         return dataset.victims
-    return dataset.clean.take([i for i, k in enumerate(dataset.clean.ids) if k in victim_ids])
+    return dataset.clean.take(dataset.clean.find_rows(victim_ids))
 
 
 def training_split(method: Any) -> Any:
@@ -240,7 +239,7 @@ def check_disjoint(records: Pairs, others: Pairs, mistake: str, advice: str) -> 
 def shared_records(a: Pairs, b: Pairs) -> list[str]:
     """Ids of the records that two sets share: the same id and the same pixels, or text."""
     row_of_id = {k: i for i, k in enumerate(b.ids)}
-    rows_a = [i for i, k in enumerate(a.ids) if k in row_of_id]
+    rows_a = a.find_rows(row_of_id).tolist()
     if not rows_a or a.images.shape[1:] != b.images.shape[1:]:
         return []
     rows_b = [row_of_id[a.ids[i]] for i in rows_a]

@@ -150,7 +150,7 @@ def derive_plan(
     stamps = [registry.make("trigger", g.stamp) if g.stamp else None for g in plan.goals]
     victims_spec = None if victims is None else registry.spec(victims)
     plan = replace(plan, stamps=tuple(stamps), victims=victims_spec)
-    sources = source.take([i for i, k in enumerate(source.ids) if k in source_ids])
+    sources = source.take(source.find_rows(source_ids))
     if pool is not None:
         sources = Pairs.concat([sources, captioned(pool, sources)])
     return plan.with_hashes(sources)

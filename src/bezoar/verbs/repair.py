@@ -243,8 +243,7 @@ def load_clean(job: Job) -> Pairs:
     dataset = inputs.open_dataset(data)
     if dataset.plan.edits:
         raise UserError(f"the data of {data.name} are poisoned; a repair needs clean ones")
-    name = data.name if isinstance(data, Run) else registry.spec(dataset.method)
-    job.notes |= dataset.reading_notes() | {"data": name}
+    job.notes |= dataset.reading_notes() | {"data": input_name(data)}
     return inputs.in_memory(dataset.clean)
 
 

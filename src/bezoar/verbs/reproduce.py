@@ -88,7 +88,7 @@ class Reproduce:
                     raise UserError(
                         f"table {registry.method_name(type(paper))} compares no {kind}s, so --add {kind} has no row in it"
                     )
-        return TableOptions(self.scale, plain_spec(data), plain_spec(test), self.root, added)
+        return TableOptions(self.scale, input_spec(data), input_spec(test), self.root, added)
 
     def work(self, job: Job) -> dict[str, Measure]:
         """Run the trials, and write tables.json, tables.csv and tables.tex.
@@ -123,11 +123,6 @@ class Reproduce:
         for verdict in get_args(dose_response.ClaimVerdict):
             job.notes[verdict] = verdicts.count(verdict)
         return metrics
-
-
-def plain_spec(value: Any) -> str:
-    """An input as a spec: the user's text, or that of `input_spec`."""
-    return value if isinstance(value, str) else input_spec(value)
 
 
 def tables_of(name: str) -> list[str]:

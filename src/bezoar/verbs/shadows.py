@@ -24,7 +24,7 @@ from bezoar.runs.verb import Input, Takes, input_name
 from bezoar.verbs.audit import (
     MIN_IMAGES,
     check_auditable,
-    default_clean_images,
+    clean_images,
     sample_clean_records,
 )
 from bezoar.verbs.calibrate import attacked_run, check_clean
@@ -79,8 +79,7 @@ class Shadows:
             for source, name in zip(sources, names, strict=True)
         ]
         weights = hash_weights(encoders, names)
-        data = job.inputs["data"]
-        method = data if data is not None else default_clean_images(sources[0])
+        method = clean_images(job.inputs["data"], sources[0])
         clean = sample_clean_records(method, self.images)[0].to(job.device)
         shadow_bank, held_out = self._fit(job, encoders, labels, folds, clean)
         mntd.save(shadow_bank | {mntd.HELD_OUT: held_out}, job.folder / mntd.FILE)

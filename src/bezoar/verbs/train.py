@@ -168,8 +168,7 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
 
 def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
     """The records that a scan's keep-list names."""
-    ids = set(read_lines(scan.file("keep.txt")))
-    return records.select([i for i, k in enumerate(records.ids) if k in ids])
+    return records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
 
 
 def tokenize_records(

@@ -13,7 +13,8 @@ import os
 import pickle
 import tokenize
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -37,8 +38,8 @@ MAX_MEMBERS = 64  # of an archive
 DIRECTORY_ENTRY = b"PK\x01\x02"  # of a zip archive, one a member
 PNG_MAGIC, JPEG_MAGIC, NPY_MAGIC = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\x93NUMPY"
 PICTURES = ("PNG", "JPEG")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-SUFFIXES = (".npy", ".npz", ".pt", *IMAGE_SUFFIXES)
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".npy", ".npz", ".pt", *PICTURE_SUFFIXES)
 IMAGE_MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 DECODING_ERRORS = (  # what the decoders of foreign bytes are known to raise
     *images.DECODING_ERRORS, RuntimeError, LookupError, AttributeError, AssertionError,
@@ -110,15 +111,22 @@ def load_rgba(path: str) -> np.ndarray:
     Raises UserError if the file is missing, too large, or no picture that can be read.
     """
     data = _read_bytes(path)
-    try:
+    with _as_user_error(path, data, "a png or jpg"):
         return _decode_rgba(data)
+
+
+@contextmanager
+def _as_user_error(path: str, data: bytes, kind: str) -> Iterator[None]:
+    """Turn what decoders raise into a UserError that names the file. kind: what was expected."""
+    try:
+        yield
     except UnidentifiedImageError as error:  # its message holds an address in memory
         raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
     except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from error
     except DECODING_ERRORS as error:
         raise UserError(
-            f"{path}: not a png or jpg that can be read ({first_line(error)[:120]})"
+            f"{path}: not {kind} that can be read ({first_line(error)[:120]})"
         ) from error
 
 
@@ -140,16 +148,9 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
     reader = _reader_of_content(data) or _reader_of_suffix(suffix)
     if reader is None:
         raise UserError(f"{path}: expected a file of {', '.join(SUFFIXES)}")
-    try:
+    kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
+    with _as_user_error(path, data, kind):
         members = reader(data)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: {name_format(data, PICTURES)}") from error
-    except (UserError, Unreadable) as error:
-        raise UserError(f"{path}: {error}") from error
-    except DECODING_ERRORS as error:
-        reason = first_line(error)[:120]
-        kind = f"a {suffix[1:]} file" if suffix in SUFFIXES else "a file of arrays"
-        raise UserError(f"{path}: not {kind} that can be read ({reason})") from error
     if not members:
         raise UserError(f"{path}: expected numbers; it holds none")
     for name, array in members.items():
@@ -181,7 +182,7 @@ def _reader_of_content(data: bytes) -> Reader | None:
 
 def _reader_of_suffix(suffix: str) -> Reader | None:
     """The reader of a file whose content does not tell, to name what is wrong with it."""
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in PICTURE_SUFFIXES:
         return _read_picture
     return {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_pt}.get(suffix)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from bezoar.data.files.images import OTHER_IMAGES, SUFFIXES
-from bezoar.data.files.paths import printable
+from bezoar.data.files.images import OTHER_IMAGES
+from bezoar.data.files.paths import IMAGE_SUFFIXES, printable
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
@@ -187,7 +187,7 @@ def guess_layout(root: Path) -> Layout:
 
 def is_image(name: str) -> bool:
     """Tell whether a file is an image by the ending of its name."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def other_image(name: str) -> str:

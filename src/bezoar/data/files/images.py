@@ -29,11 +29,6 @@ MAX_SLOW_PIXELS = 1 << 23
 SMALLEST = 8  # pixels a side; img2dataset and dead links leave 1x1 images behind
 MAX_TILE_PIXELS = 1 << 24  # of a strip or a tile of a TIFF, which is unpacked as a whole
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
-# In the order in which a record of a tar that has several is read.
-IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "ppm", "pgm", "gif", "tif", "tiff",
-)  # fmt: skip
-SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 # TIFFs hold pictures of other formats too, whose sizes may be others than the TIFF says.
 TIFF_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate")
 # Tags of TIFF.

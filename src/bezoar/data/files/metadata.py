@@ -47,12 +47,9 @@ class Metadata(NamedTuple):
 
 def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> Metadata | str:
     """Parse an object, or say why it cannot be used. origins: keys that may hold the origin."""
-    try:
-        values: Any = json.loads(content)
-    except (ValueError, RecursionError):
-        return "metadata is not JSON"
-    if not isinstance(values, dict):
-        return "metadata is not a JSON object"
+    values = _parse_object(content)
+    if isinstance(values, str):
+        return values
     label = values.get("label")
     if label is not None and not is_label(label):
         return f"label is not a number from 0 to {MAX_LABELS - 1}"
@@ -95,11 +92,8 @@ class Recorded(NamedTuple):
 
 def parse_recorded(content: bytes) -> Recorded | None:
     """Parse what an object records; what is of another form is left out, and None is no object."""
-    try:
-        values: Any = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict):
+    values = _parse_object(content)
+    if isinstance(values, str):
         return None
     hashes = {name: _text(values, name).lower() for name in HASHES}
     phash = _text(values, "phash").lower()
@@ -171,6 +165,15 @@ def choose_caption(text: bytes, metadata: Metadata) -> str:
     if too_long := describe_long_text(caption):
         raise Unreadable(too_long)
     return caption or metadata.captions[0].strip()
+
+
+def _parse_object(content: bytes) -> dict[str, Any] | str:
+    """Parse a JSON object, or say what it is not."""
+    try:
+        values: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return "metadata is not JSON"
+    return values if isinstance(values, dict) else "metadata is not a JSON object"
 
 
 def _text(values: dict[str, Any], key: str) -> str:

@@ -26,8 +26,6 @@ from bezoar.data.files.parquet_process import BATCH_ROWS
 from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
 
-__all__ = ["BATCH_ROWS", "MAX_HELD_BYTES", "ParquetHeader", "read_batches", "read_header"]
-
 MAX_HELD_BYTES = 128 << 20  # of rows that are kept at hand
 MAX_IDLE = 2  # processes that wait for the next file
 PIPE_BYTES = 1 << 20

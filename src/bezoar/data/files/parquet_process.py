@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bezoar.data.files import arrow_stream
-from bezoar.data.files.parquet_pages import check_chunks, count_safe_rows
 from bezoar.data.files.paths import printable
 from bezoar.errors import UserError
 
 GROUP_BYTES = 4 << 30  # the most that the columns of a row group may unpack to
 BATCH_ROWS = 256  # rows that are Python objects at a time
+UNPACKED_BYTES = 32 << 20  # of rows that Arrow unpacks at a time
 LISTS_BYTES = 256 << 20  # that a batch with lists may unpack to
 MESSAGE_BYTES = 2 << 20  # that are handed over at once, and the rows
 MESSAGE_ROWS = 8192
@@ -178,8 +178,7 @@ def read_batches(
         groups, position = _find_groups(file, start, end)
         if not groups:
             return
-        check_chunks(file, path, groups, columns)
-        most = count_safe_rows(file, path, groups, columns, BATCH_ROWS)
+        most = count_safe_rows(find_chunks(file, path, groups, columns))
         for batch in file.iter_batches(most, groups, list(columns)):
             if batch.nbytes > LISTS_BYTES and any(pa.types.is_list(f.type) for f in batch.schema):
                 raise UserError(f"{path}: {len(batch)} rows unpack to {batch.nbytes} bytes")
@@ -189,6 +188,61 @@ def read_batches(
                 yield decode_dictionaries(batch.slice(low, high - low))
         if position < end:
             raise UserError(f"{path} promises {rows} rows and ends after {position}")
+
+
+def find_chunks(
+    file: pq.ParquetFile, path: Path, groups: Iterable[int], columns: Sequence[str]
+) -> list[tuple[pq.ColumnChunkMetaData, int]]:
+    """Return the column chunks of some row groups that are read, each with its number of rows.
+
+    Raises UserError for columns of lists, but for those of lists of texts, and if a column does not
+    fit its row group or lies outside of the file.
+    """
+    for leaf in map(file.schema.column, range(len(file.schema))):
+        is_asked = any(leaf.path == c or leaf.path.startswith(f"{c}.") for c in columns)
+        is_listed_text = leaf.max_repetition_level == 1 and leaf.converted_type == "UTF8"
+        if is_asked and leaf.max_repetition_level and not is_listed_text:
+            raise UserError(
+                f"{path}: column {leaf.path} holds lists; expected a value a row, or a list of texts"
+            )
+    size = path.stat().st_size
+    chunks = []
+    for group in map(file.metadata.row_group, groups):
+        for i in range(group.num_columns):
+            chunk, name = group.column(i), group.column(i).path_in_schema
+            if not name.startswith(tuple(columns)):
+                continue
+            start = chunk.data_page_offset - dictionary_bytes(chunk)
+            if not 0 <= start <= start + chunk.total_compressed_size <= size:
+                raise UserError(f"{path}: column {name} lies outside of the file")
+            is_flat = not file.schema.column(i).max_repetition_level
+            if is_flat and chunk.num_values != group.num_rows:
+                raise UserError(
+                    f"{path}: column {name} claims {chunk.num_values} values of {group.num_rows} rows"
+                )
+            chunks.append((chunk, group.num_rows))
+    return chunks
+
+
+def dictionary_bytes(chunk: pq.ColumnChunkMetaData) -> int:
+    """Bytes of a column chunk's dictionary in the file; 0 if it has none."""
+    if not chunk.has_dictionary_page or not chunk.dictionary_page_offset:
+        return 0
+    return max(0, int(chunk.data_page_offset - chunk.dictionary_page_offset))
+
+
+def count_safe_rows(chunks: Iterable[tuple[pq.ColumnChunkMetaData, int]]) -> int:
+    """Return how many rows of some column chunks may be unpacked at a time.
+
+    A value counts with the mean size in its chunk or, as all may be one entry of a dictionary, with
+    the size of that. A file whose sizes are made up meets the bound on this process's memory.
+    """
+    largest = 1.0  # bytes of a row
+    for chunk, rows in chunks:
+        ratio = chunk.total_uncompressed_size / max(1, chunk.total_compressed_size)
+        entry = dictionary_bytes(chunk) * ratio * chunk.num_values / max(1, rows)
+        largest = max(largest, chunk.total_uncompressed_size / max(1, rows), entry)
+    return max(1, min(BATCH_ROWS, int(UNPACKED_BYTES / largest)))
 
 
 def decode_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:

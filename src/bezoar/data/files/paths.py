@@ -21,6 +21,11 @@ from bezoar.errors import UserError, expand_home
 FILE_BYTES = 64 << 20  # the largest encoded image that is read
 TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
 MAX_PATHS = 1_000_000  # the most files that a brace list may name
+# Endings of images, in the order in which a record of a tar that has several is read.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "jfif", "jpe", "bmp", "ppm", "pgm", "gif", "tif", "tiff",
+)  # fmt: skip
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io.BufferedReader:

@@ -19,8 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bezoar.data.files.images import IMAGE_EXTENSIONS, OTHER_IMAGES
-from bezoar.data.files.paths import FILE_BYTES, TEXT_BYTES, is_confined, open_regular
+from bezoar.data.files.images import OTHER_IMAGES
+from bezoar.data.files.paths import (
+    FILE_BYTES,
+    IMAGE_EXTENSIONS,
+    TEXT_BYTES,
+    is_confined,
+    open_regular,
+)
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from bezoar.data.decoding import Record, describe_failure
-from bezoar.data.files.images import IMAGE_EXTENSIONS, OTHER_IMAGES
+from bezoar.data.files.images import OTHER_IMAGES
 from bezoar.data.files.metadata import ORIGIN_COLUMNS, Metadata, choose_caption, parse_metadata
-from bezoar.data.files.paths import distinct_stems, expand_paths
+from bezoar.data.files.paths import IMAGE_EXTENSIONS, distinct_stems, expand_paths
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
 from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.label_sets import check_fields, name_classes

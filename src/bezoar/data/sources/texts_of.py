@@ -1,6 +1,5 @@
 """The captions of other data as records of texts alone, with their classes."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from bezoar import registry
@@ -24,11 +23,8 @@ class TextsOf:
             raise ValueError("its data must be there; fetch them by themselves")
 
     def files(self) -> list[Any]:
-        """The files of the data, as `bezoar.runs.verb.input_files` lists them."""
-        inner = registry.make("data", self.data)
-        if hasattr(inner, "files"):
-            return list(inner.files())
-        return [Path(v) for v in vars(inner).values() if isinstance(v, str) and Path(v).is_file()]
+        """The files of the data."""
+        return registry.input_files(registry.make("data", self.data))
 
     def __call__(self) -> Pairs:
         """Return the records. Raises UserError for data without captions."""

@@ -37,7 +37,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.scores import Scores
 from bezoar.runs.execute import lock_folder
 from bezoar.runs.run import Run
-from bezoar.runs.verb import fingerprint, input_files
+from bezoar.runs.verb import fingerprint
 
 SHARED = ".embeddings"  # folder of the runs directory
 LOCK = ".lock"
@@ -141,7 +141,7 @@ class Entry:
             "detector": registry.spec(detector),
             "source": registry.source_hash(type(detector)),
             "code": code_hash(SCORING_CODE),
-            "files": fingerprint(input_files(detector)),
+            "files": fingerprint(registry.input_files(detector)),
         }
         return self.folder / SCORES / f"{_digest(question)}.safetensors"
 

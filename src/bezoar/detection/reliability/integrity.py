@@ -30,8 +30,9 @@ from PIL import Image
 from scipy.fft import dct
 from torch import Tensor
 
-from bezoar.data.files.images import IMAGE_EXTENSIONS, decode_image
+from bezoar.data.files.images import decode_image
 from bezoar.data.files.metadata import Recorded, parse_recorded
+from bezoar.data.files.paths import IMAGE_EXTENSIONS
 from bezoar.data.files.skipped import Unreadable
 from bezoar.data.files.tars import Group, read_groups
 from bezoar.data.files.writing import whole_file

@@ -269,15 +269,14 @@ def get_setup(options: TableOptions) -> Setup:
     setup = scale_setup(options)
     patch = setup.attacks[0]
     added = [
-        replace(patch, name=Path(spec.partition(":")[0]).stem, trigger=escape_braces(spec))
+        replace(
+            patch,
+            name=Path(spec.partition(":")[0]).stem,
+            trigger=spec.replace("{", "{{").replace("}", "}}"),  # it is formatted, see `Attack`
+        )
         for spec in options.added_specs("trigger")
     ]
     return replace(setup, attacks=(*setup.attacks, *added))
-
-
-def escape_braces(spec: str) -> str:
-    """Escape braces for `str.format`."""
-    return spec.replace("{", "{{").replace("}", "}}")
 
 
 def scale_setup(options: TableOptions) -> Setup:
@@ -309,23 +308,12 @@ class PoisonedSet:
     test: str  # spec of the test data
     probe: tuple[str, ...] = ("zero_shot", "z_score")  # measure accuracy and success
 
-    def scans(self) -> list[Trial]:
-        """The training data of every encoder, scanned with it by every detector."""
+    def scans(self, *detectors: str) -> list[Trial]:
+        """The training data of every encoder, scanned with it, by default by every detector."""
         return [
-            Trial(Scan(encoder.verb, detector=DETECTORS, remove=REMOVED), encoder.seed)
+            Trial(Scan(encoder.verb, detector=detectors or DETECTORS, remove=REMOVED), encoder.seed)
             for encoder in self.encoders
         ]
-
-    def scans_by(self, detector: str) -> list[Trial]:
-        """The same, by one detector alone."""
-        return [
-            Trial(Scan(encoder.verb, detector=(detector,), remove=REMOVED), encoder.seed)
-            for encoder in self.encoders
-        ]
-
-    def default_scans(self) -> list[Trial]:
-        """The same, by the detectors and the share that a scan has by default."""
-        return [Trial(Scan(encoder.verb), encoder.seed) for encoder in self.encoders]
 
     def evaluate(self) -> list[Trial]:
         """Evaluations of the encoders."""
@@ -430,7 +418,7 @@ def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str
             columns = {name: f"{detector}.{key}" for name, key in DETECTION_COLUMNS.items()}
             rows.append(Row(detector, mean_cells(scans, columns), curve=poisoned.name))
         for detector in added:
-            cells = mean_cells(poisoned.scans_by(detector), DETECTION_COLUMNS)
+            cells = mean_cells(poisoned.scans(detector), DETECTION_COLUMNS)
             rows.append(Row(detector, cells, curve=poisoned.name))
     note = (
         f"Poisoned sets of every attack: {len(sets[0].encoders)}, each scanned with the encoder "

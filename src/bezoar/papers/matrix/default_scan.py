@@ -30,7 +30,8 @@ class DefaultScan:
         rows = [Row("none", (raised,))]
         for poisoned in poisoned_scenes(setup, setup.others, (0.05, 0.1, 0.25, 5)):
             success = Cell.mean("ASR", poisoned.evaluate(), poisoned.attack.success_metric)
-            cells = (success, *mean_cells(poisoned.default_scans(), COLUMNS))
+            scans = [Trial(Scan(encoder.verb), encoder.seed) for encoder in poisoned.encoders]
+            cells = (success, *mean_cells(scans, COLUMNS))
             rows.append(Row(poisoned.name, cells))
         note = (
             f"Each attack: {setup.others} sets, each with a trigger, place and target of its own, "

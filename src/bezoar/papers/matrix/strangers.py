@@ -17,7 +17,7 @@ from bezoar.evaluation.scores import Measure, proportion, separation
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
 from bezoar.papers.matrix import BLEND
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Row, Table, TableOptions, readings
+from bezoar.runs.tables import Cell, Comparison, Row, Table, TableOptions, readings
 from bezoar.runs.verb import Trial
 from bezoar.verbs.audit import Audit
 from bezoar.verbs.evaluate import Evaluate
@@ -30,7 +30,7 @@ PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place}
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
 MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
-DEVELOPMENT, TEST = 0, 100  # first seeds of the two groups
+TEST = 100  # first seed of the test encoders; that of the development encoders was 0
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ def family_row(family: EncoderFamily | None, families: Sequence[EncoderFamily]) 
     grades, clean_grades = (readings(trials, f"{AUDIT}.grade") for trials in (attacked, clean))
     cells = [
         Cell("AUROC", statistics, reference_readings=clean_statistics, compare=separation),
-        Cell("found", grades, compare=share_with_evidence),
-        Cell("strong", grades, compare=share_with_strong_evidence),
-        Cell("false alarms", clean_grades, compare=share_with_evidence),
-        Cell("strong false alarms", clean_grades, compare=share_with_strong_evidence),
+        Cell("found", grades, compare=share_with_evidence(SOME, "some or strong")),
+        Cell("strong", grades, compare=share_with_evidence(STRONG, "strong")),
+        Cell("false alarms", clean_grades, compare=share_with_evidence(SOME, "some or strong")),
+        Cell("strong false alarms", clean_grades, compare=share_with_evidence(STRONG, "strong")),
         Cell.mean("seconds", [*clean, *attacked], f"{AUDIT}.seconds"),
     ]
     if family is not None:
@@ -169,16 +169,14 @@ def family_row(family: EncoderFamily | None, families: Sequence[EncoderFamily]) 
     return Row(family.name if family else "all", tuple(cells))
 
 
-def share_with_evidence(grades: Sequence[float], _: Sequence[float] = ()) -> Measure:
-    """The share of encoders that got some evidence or strong evidence."""
-    count = sum(grade >= SOME for grade in grades)
-    return proportion(count, len(grades), "encoders with some or strong evidence of a backdoor")
+def share_with_evidence(least: float, name: str) -> Comparison:
+    """A comparison: the share of encoders of at least a grade of evidence, which is called so."""
 
+    def compare(grades: Sequence[float], _: Sequence[float]) -> Measure:
+        count = sum(grade >= least for grade in grades)
+        return proportion(count, len(grades), f"encoders with {name} evidence of a backdoor")
 
-def share_with_strong_evidence(grades: Sequence[float], _: Sequence[float] = ()) -> Measure:
-    """The share of encoders that got strong evidence."""
-    count = sum(grade >= STRONG for grade in grades)
-    return proportion(count, len(grades), "encoders with strong evidence of a backdoor")
+    return compare
 
 
 def residual_network(order: str, projection: bool) -> str:

@@ -33,19 +33,15 @@ PATCH = "images with a small patch"
 class DemoView(RunView):
     """A demo with the runs it made. `attack`: the evaluation of the attacked encoder."""
 
-    def sibling(self, name: str) -> Run:
-        """Return one of the runs by its name."""
-        return self.run.sibling(name)
-
     def training(self, name: str) -> RunView:
         """Return one of the trainings: `clean`, `poisoned` or `repaired`."""
-        return RunView(self.sibling(self.notes["trained"][name]))
+        return RunView(self.run.sibling(self.notes["trained"][name]))
 
     @functools.cached_property
     def attack(self) -> evaluate.EvaluateView:
         """The evaluation of the attacked encoder."""
         name = self.notes["attacked" if self.ask.get("story") == "encoder" else "poisoned"]
-        return evaluate.EvaluateView(self.sibling(name))
+        return evaluate.EvaluateView(self.run.sibling(name))
 
 
 def build_page(run: Run) -> Page:
@@ -160,7 +156,7 @@ def attack_section(view: DemoView) -> Section:
 
 def scan_section(view: DemoView) -> Section:
     """Show how the poisons were found."""
-    scan_view = scan.ScanView(view.sibling(view.notes["scan"]))
+    scan_view = scan.ScanView(view.run.sibling(view.notes["scan"]))
     sections = (
         scan.ranking_section(scan_view),
         scan.keep_list_section(scan_view),
@@ -237,11 +233,11 @@ def pretraining_section(view: DemoView) -> Section:
 
 def injection_goals_section(view: DemoView) -> Section:
     """Show the references and triggered images."""
-    return inject.goals_section(inject.InjectView(view.sibling(view.notes["inject"])))
+    return inject.goals_section(inject.InjectView(view.run.sibling(view.notes["inject"])))
 
 
 def injection_section(view: DemoView) -> Section:
     """Show cosines before and after the attack."""
-    injected = inject.InjectView(view.sibling(view.notes["inject"]))
+    injected = inject.InjectView(view.run.sibling(view.notes["inject"]))
     section = inject.similarity_section(injected)
     return replace(section, lead=inject.headline(injected))

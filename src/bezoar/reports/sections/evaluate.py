@@ -54,7 +54,7 @@ class EvaluateView(RunView):
     @functools.cached_property
     def encoder_facts(self) -> dict[str, Any]:
         """The encoder's `about`; empty if there is no encoder.json."""
-        run = self.input_run("encoder")
+        run = self.run.input_run("encoder")
         path = run.path / "encoder.json" if run else None
         if path is None or not path.exists():
             return {}
@@ -95,7 +95,7 @@ class EvaluateView(RunView):
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The encoder that was evaluated."""
-        run = self.input_run("encoder")
+        run = self.run.input_run("encoder")
         if run is None:
             raise UserError(
                 "pictures are shown for encoders of runs; this one has published weights"
@@ -176,7 +176,7 @@ def compared_rate(view: EvaluateView) -> tuple[Measure | None, str]:
 
 def next_steps(view: EvaluateView) -> list[Step]:
     """List the next steps for an encoder with a working backdoor."""
-    encoder = view.input_run("encoder")
+    encoder = view.run.input_run("encoder")
     if encoder is None or not (view.poisoned and backdoor_works(view)):
         return []
     steps = []
@@ -381,7 +381,7 @@ def triggered_gallery(view: EvaluateView, goal: Goal, triggered: Tensor) -> Gall
 
 def victims_section(view: EvaluateView) -> Section | None:
     """Show every victim with its class, the attacker's target, and its reading."""
-    attack = (view.input_run("attack") or view.run).ancestor("poison")
+    attack = (view.run.input_run("attack") or view.run).ancestor("poison")
     targeted = [g for g in view.goals if g.victims]
     if not targeted or attack is None or view.class_vectors is None:
         return None

@@ -84,9 +84,10 @@ def next_steps(view: RepairView) -> list[Step]:
         used = {spec.partition(":")[0] for spec in view.notes.get("repairs", [])}
         others = [name for name in registry.method_names("repair") if name not in used]
         encoder = view.input_text("encoder")
-        text = f"The trigger still works. Try another repair, such as {', '.join(others)}."
-        command = view.command(f"repair {encoder} --data {data} --repair {others[0]}")
-        steps.append(Step(text, command))
+        if others:
+            text = f"The trigger still works. Try another repair, such as {', '.join(others)}."
+            command = view.command(f"repair {encoder} --data {data} --repair {others[0]}")
+            steps.append(Step(text, command))
     audit = view.command(f"audit {name} --data {data}")
     steps.append(Step("Audit what is left: a backdoor that no trigger shows may come back.", audit))
     if view.goals:

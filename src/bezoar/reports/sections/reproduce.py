@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -256,7 +257,7 @@ def column_figure(table: TableJson, column: str) -> Figure:
         curve: [Measure(**cell["measure"]) for _, cell in points]
         for curve, points in curves.items()
     }
-    colours = dict(zip(curves, charts.series_colours(list(curves)), strict=True))
+    colours = dict(zip(curves, itertools.cycle(charts.SERIES_COLOURS), strict=False))
     is_share = all(cell["rate"] for points in curves.values() for _, cell in points)
     if all(row["x"] is not None for points in curves.values() for row, _ in points):
         fits = {

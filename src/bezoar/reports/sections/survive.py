@@ -67,14 +67,17 @@ class SurviveView(RunView):
         treated = [t for t in self.treatments if t["name"] != "untreated"]
         return sorted(treated, key=lambda t: self.remainder(t, metric).value)
 
+    def ranked_single(self, metric: str = "") -> list[Treatment]:
+        """Return those that do one thing, most harmful first."""
+        return [t for t in self.ranked(metric) if len(changed_fields(t)) <= 1]
+
 
 def build_page(run: Run) -> Page:
     """Return the page of a survive run."""
     view = SurviveView(run)
     if "canaries" in view.notes:
         return canary_page(view)
-    is_finished = "trigger" in view.notes and any(map(is_single, view.ranked()))
-    single = [t for t in view.ranked() if is_single(t)] if is_finished else []
+    single = view.ranked_single() if "trigger" in view.notes else []
     return Page(
         headline(view, single) if single else "This test was not finished.",
         lead(view),
@@ -119,21 +122,19 @@ def headline(view: SurviveView, single: list[Treatment]) -> str:
     remainder_text = f"{format_percent(max(0.0, value))} {what}"
     lost = sum(view.remainder(t).value < LOST for t in single)
     weakened = sum(LOST <= view.remainder(t).value < WEAKENED for t in single)
-    if lost:
-        others = f" and {lost - 1} more of {len(single)} treatments" if lost > 1 else ""
+    if not lost and not weakened:
         return (
-            f"{trigger} is lost to “{worst['title']}”{others}: {remainder_text} is left. Where images are "
-            "treated so, expect an attack success of 0."
+            f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves "
+            f"{remainder_text}. An attack success of 0 has another cause."
         )
-    if weakened:
-        others = f" and {weakened - 1} more of {len(single)} treatments" if weakened > 1 else ""
-        return (
-            f"{trigger} is weakened by “{worst['title']}”{others}: {remainder_text} is left. Where images are "
-            "treated so, it needs more poisons or fails."
-        )
+    fate, effect = "lost to", "expect an attack success of 0"
+    if not lost:
+        fate, effect = "weakened by", "it needs more poisons or fails"
+    count = lost or weakened
+    others = f" and {count - 1} more of {len(single)} treatments" if count > 1 else ""
     return (
-        f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves "
-        f"{remainder_text}. An attack success of 0 has another cause."
+        f"{trigger} is {fate} “{worst['title']}”{others}: {remainder_text} is left. Where images are "
+        f"treated so, {effect}."
     )
 
 
@@ -172,7 +173,7 @@ def treatment_gallery(view: SurviveView, images: Tensor) -> Gallery:
     `images`: uint8 (T, E, 2, 3, S, S), by treatment, example, and image or difference.
     """
     order = [t for t in view.treatments if t["name"] == "untreated"]
-    order += [t for t in view.ranked() if is_single(t)]
+    order += view.ranked_single()
     tiles: list[Tile] = []
     cells = []
     for t in order:
@@ -220,14 +221,14 @@ def heat_map(view: SurviveView, axis: str, metric: str, label: str) -> Markup | 
 
 def single_section(view: SurviveView) -> Section | None:
     """Show each single treatment as a dot with its interval."""
-    single = [t for t in view.ranked() if is_single(t)]
+    single = view.ranked_single()
     if not single:
         return None
     titles = {"shift_kept": "Of the embedding's shift"} if view.has_encoder else {}
     titles["pattern_kept"] = "Of its pattern in pixels"
     parts = []
     for metric, title in titles.items():
-        ranked = [t for t in view.ranked(metric) if is_single(t)]
+        ranked = view.ranked_single(metric)
         if metric == "pattern_kept":
             ranked = [t for t in ranked if not t["normalise"]]
         rows = []
@@ -263,11 +264,6 @@ def table_section(view: SurviveView) -> Section:
 def changed_fields(treatment: Treatment) -> set[str]:
     """Return the names of the fields that a treatment changes."""
     return {name for name, value in NEUTRAL.items() if treatment[name] != value}
-
-
-def is_single(treatment: Treatment) -> bool:
-    """Return whether a treatment does at most one thing."""
-    return len(changed_fields(treatment)) <= 1
 
 
 def damage_colour(share: Measure) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -80,7 +81,7 @@ def progress_figure(view: RunView) -> Figure | None:
         return None
     series = [
         Series(metric_names.short_label(key), [e.get(key, np.nan) for e in log], colour)
-        for key, colour in zip(keys, charts.series_colours(keys), strict=True)
+        for key, colour in zip(keys, itertools.cycle(charts.SERIES_COLOURS), strict=False)
     ]
     svg = charts.draw_curves([e["epoch"] for e in log], series, "epoch")
     return Figure(
@@ -144,7 +145,7 @@ def trained_ids(view: RunView) -> list[str]:
     if data.victims is not None:
         victim_ids = set(data.victims.ids)
         ids += [e.id for e in plan.edits if e.source in victim_ids]
-    keep = view.input_run("keep")
+    keep = view.run.input_run("keep")
     if keep is None:
         return ids
     keep_list = set(read_lines(keep.file("keep.txt")))
