@@ -115,7 +115,7 @@ class PieceSearch:
                     continue
                 others = (of_group & ~left_out).nonzero()[:, 0]
                 comparisons = (
-                    Comparison.by_captions(self.reader.captions, rows, left_out),
+                    Comparison.by_captions(self.reader.nearest, rows, left_out),
                     Comparison.with_rest(rows, others),
                 )
                 for i, compared in enumerate(comparisons):
@@ -158,7 +158,7 @@ class PieceSearch:
         believed = []
         for support in shared_causes.measure_support(causes, misread):
             shown = support.cause.shown
-            like = Comparison.by_captions(self.reader.captions, shown, left_out)
+            like = Comparison.by_captions(self.reader.nearest, shown, left_out)
             content = bound_content(
                 reading.captions, self.reader, discriminants.groups, like, left_out, DEVIATIONS
             )

@@ -7,6 +7,7 @@ nothing to the map unless poisons taught it, and it can be fitted without any re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -50,7 +51,9 @@ NEAREST = 50  # records with the most like captions
 MIN_OTHERS = 0.25  # share of them that are not left out
 MAX_COMPARED = 200  # suspects, at most
 AMONG = 1 << 14  # records that the nearest are sought among, at most
+NEAREST_BLOCK = 256  # records whose nearest are sought at a time
 TIES = 1e-4  # added to cosines
+TIE_OFFSETS, TIE_STEP = 1 << 16, 7919  # where a record's part of the draws begins
 
 
 class ImageEncoder(Protocol):
@@ -206,12 +209,30 @@ class ReferenceReader:
             float32 (N, E), unit, what the map makes of the images.
         """
         captions = torch.empty_like(self.captions)
-        for number in (0, 1):
-            fitted = ((self.half != number) & ~left_out).nonzero()[:MAX_FITTED, 0]
-            weights, bias = fit_ridge(self.images[fitted], self.captions[fitted])
+        for number, (fitted, sums) in enumerate(self._sums):
+            is_out = left_out[fitted]
+            if is_out.float().mean() < 0.5:
+                sums = sums - self._sum(fitted[is_out])
+            else:
+                sums = self._sum(fitted[~is_out])
+            weights, bias = sums.fit_ridge()
             for rows in (self.half == number).nonzero()[:, 0].split(ROWS):
                 captions[rows] = F.normalize(self.images[rows] @ weights + bias, dim=1, eps=1e-6)
         return captions
+
+    @functools.cached_property
+    def nearest(self) -> NearestCaptions:
+        """The records with the captions nearest to those of each record."""
+        return NearestCaptions(self.captions)
+
+    @functools.cached_property
+    def _sums(self) -> tuple[tuple[Tensor, RidgeSums], ...]:
+        """For each half the rows, int64 (R,), that its map may be fitted on, and their sums."""
+        fitted = [(self.half != number).nonzero()[:MAX_FITTED, 0] for number in (0, 1)]
+        return tuple((rows, self._sum(rows)) for rows in fitted)
+
+    def _sum(self, rows: Tensor) -> RidgeSums:
+        return RidgeSums.of(self.images[rows], self.captions[rows])
 
     def read_pieces(self, pieces: Tensor) -> Tensor:
         """The loss of each record by maps that saw none of its own piece, float32 (N,).
@@ -248,17 +269,67 @@ def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
     return pieces
 
 
-def fit_ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (D, E) and bias (E,) of the ridge regression of y (N, E) on x (N, D).
+@dataclass(frozen=True)
+class RidgeSums:
+    """What the ridge regression of y (N, E) on x (N, D) is fitted to; those of some records can be
+    taken off.
 
-    The penalty is STRENGTH times the mean variance of a column of x; the bias is not penalised.
+    x: (D,) and y: (E,), sums. products: (D, D), x^T x. mixed: (D, E), x^T y.
     """
-    mean, centre = x.mean(0), y.mean(0)
-    x = x - mean
-    products = x.T @ x  # (D, D)
-    products.diagonal().add_(STRENGTH * products.diagonal().mean().clamp(min=1e-12))
-    weights = torch.linalg.solve(products, x.T @ (y - centre))
-    return weights, centre - mean @ weights
+
+    count: int
+    x: Tensor
+    y: Tensor
+    products: Tensor
+    mixed: Tensor
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor) -> RidgeSums:
+        """Over all records."""
+        return RidgeSums(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y)
+
+    def __sub__(self, other: RidgeSums) -> RidgeSums:
+        """Without other records, which were among them."""
+        return RidgeSums(
+            self.count - other.count,
+            self.x - other.x,
+            self.y - other.y,
+            self.products - other.products,
+            self.mixed - other.mixed,
+        )
+
+    def fit_ridge(self) -> tuple[Tensor, Tensor]:
+        """Weights (D, E) and bias (E,).
+
+        The penalty is STRENGTH times the mean variance of a column of x; the bias is not penalised.
+        """
+        mean, centre = self.x / self.count, self.y / self.count
+        products = self.products - torch.outer(self.x, mean)
+        products.diagonal().add_(STRENGTH * products.diagonal().mean().clamp(min=1e-12))
+        weights = torch.linalg.solve(products, self.mixed - torch.outer(self.x, centre))
+        return weights, centre - mean @ weights
+
+
+class NearestCaptions:
+    """For each record the NEAREST of the first AMONG records by their captions, found when first asked for."""
+
+    def __init__(self, captions: Tensor) -> None:
+        """captions: (N, E), unit vectors."""
+        self.captions = captions
+        self.among = captions[:AMONG]
+        # Among equal captions chance decides, not the order: each record has its part of these draws.
+        draw = generator(0, *captions.shape)
+        self.ties = TIES * torch.rand(TIE_OFFSETS + len(self.among), generator=draw)
+        shape = len(captions), min(NEAREST, len(self.among))
+        self.rows = torch.full(shape, -1, dtype=torch.int32)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """int64 (R, K), of some records, int64 (R,)."""
+        for missing in rows[self.rows[rows, 0] < 0].split(NEAREST_BLOCK):
+            likeness = self.captions[missing] @ self.among.T  # (B, A)
+            likeness += self.ties.unfold(0, len(self.among), 1)[missing * TIE_STEP % TIE_OFFSETS]
+            self.rows[missing] = likeness.topk(self.rows.shape[1]).indices.int()
+        return self.rows[rows].long()
 
 
 @dataclass(frozen=True)
@@ -275,20 +346,16 @@ class Comparison:
     others: Tensor
 
     @staticmethod
-    def by_captions(captions: Tensor, suspects: Tensor, left_out: Tensor) -> Comparison:
+    def by_captions(nearest_to: NearestCaptions, suspects: Tensor, left_out: Tensor) -> Comparison:
         """With the records that have the captions nearest to those of each suspect, of MAX_COMPARED.
 
         Args:
-            captions: (N, E), unit vectors.
+            nearest_to: of N records.
             suspects: int64 (S,).
             left_out: bool (N,), the suspects among them.
         """
         suspects = suspects[:MAX_COMPARED]
-        likeness = captions[suspects] @ captions[:AMONG].T  # (S, A)
-        # Among equal captions chance decides, not the order.
-        draw = generator(0, *likeness.shape)
-        likeness += TIES * torch.rand(likeness.shape, generator=draw)
-        nearest = likeness.topk(min(NEAREST, likeness.shape[1])).indices
+        nearest = nearest_to.of(suspects)  # (S, K)
         usable = ~left_out[nearest]  # (S, K)
         alone = usable.float().mean(1) < MIN_OTHERS
         return Comparison(suspects, alone, nearest[usable & ~alone[:, None]])
@@ -330,15 +397,19 @@ def bound_content(
     if len(others) < MIN_RECORDS:
         return 1.0
     sample = (~left_out).nonzero()[:FOREIGN, 0]
-    direction = reader.captions[others].mean(0) - reader.captions[sample].mean(0)
-    values = read @ direction  # (N,)
-    foreign = values[sample[groups[sample] != groups[suspects[0]]]].sort().values
-    places = torch.searchsorted(foreign, values) / max(1, len(foreign))
-    usual = float(places[others].mean())
+    distinct, times = others.unique(return_counts=True)
+    weights = times / len(others)
+    direction = weights @ reader.captions[distinct] - reader.captions[sample].mean(0)
+    foreign = (read[sample[groups[sample] != groups[suspects[0]]]] @ direction).sort().values
+
+    def find_places(rows: Tensor) -> Tensor:
+        return torch.searchsorted(foreign, read[rows] @ direction) / max(1, len(foreign))
+
+    usual = float(find_places(distinct) @ weights)
     if usual < LEAST_READ:
         return 1.0
     error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
-    mean = float(places[suspects].masked_fill(compared.alone, usual).mean())
+    mean = float(find_places(suspects).masked_fill(compared.alone, usual).mean())
     return (mean + deviations * error - CHANCE) / (usual - CHANCE)
 
 
