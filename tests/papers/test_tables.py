@@ -96,9 +96,9 @@ def test_attacks_on_a_published_network_take_the_published_files_that_are_there(
         file.touch()
     (tmp_path / real_encoder.WEIGHTS).touch()
     victim = real_encoder.get_victim(TableOptions("small", root=str(tmp_path)))
-    signs, _, objects = (victim.inject(task) for task in victim.tasks)
+    objects, signs, _ = (victim.inject(task) for task in victim.tasks)
     assert signs.reference == (str(folder / "reference/imagenet/priority.npz"),)
-    assert objects.reference == (victim.tasks[2].train,) and objects.choose == "confident"
+    assert objects.reference == (victim.tasks[0].train,) and objects.choose == "confident"
     assert signs.trigger == (f"file:path={folder}/trigger/trigger_pt_white_173_50_ap_replace.npz",)
 
 
@@ -159,7 +159,10 @@ def test_smoke_of_the_published_network(tmp_path):
     table = "badencoder2022/real_encoder"
     run = execute(Reproduce(table, "smoke"), Settings(tmp_path, quiet=True, workers=1))
     cells = {name.partition(".")[2]: m for name, m in run.metrics.items()}
-    assert cells["ASR@scenes, linear"].n > 0 and cells["verdict@audit, attacked"].value >= -1
+    assert (
+        cells["ASR@scenes, linear"].n > 0
+        and cells["verdict@audit, the default's verdict"].value >= -1
+    )
     assert cells["AUROC@check, scale_up"].n > 0 and "ASR after@repair, the default" in cells
     assert not any("own head" in name for name in cells)  # the tower of scenes has none
 

@@ -46,14 +46,15 @@ REPAIRED = {
 NOTES = (
     "EfficientNet-Lite0 at 96 px, trained with ImageNet's labels, in place of SimCLR's ResNet-50 "
     "at 224 px. Seeds differ in the order of the shadow images and in the views of the reference. "
-    "Shadow images are 400 of Tiny-ImageNet; heads are fitted on 1,000 labelled images (MLP: 200 "
+    "Shadow images are 400 of Tiny-ImageNet; heads are fitted on 800 labelled images (MLP: 200 "
     "epochs). It has no text tower, so there is no zero-shot head; of its own head, images of "
     f"ImageNet with the trigger that are read as {OWN_CLASS!r}, which the reference shows.",
     "Settings were chosen on GTSRB with seed 100. Printed numbers are those of the public logs for "
     "the ImageNet encoder and the MLP head; the paper's other tasks are SVHN (72.6, 73.8, 99.9 and "
     "32.3 %) and STL-10 (95.7, 95.7, 100 and 10.2 %).",
-    "Audit, check and repair: of the attack on the last task with seed 0. Verdict: -1 could not "
-    "tell, 0 none found, 1 some evidence, 2 strong evidence.",
+    "Audit, check and repair: of the attack on the first task with seed 0. The verdict is that of "
+    "`cleanse`, the one of the default audits that gives one without a bank: -1 could not tell, 0 "
+    "none found, 1 some evidence, 2 strong evidence.",
 )
 
 
@@ -66,13 +67,14 @@ class Victim:
         shadow: spec of the attacker's images.
         attack: spec of the attack.
         trigger: spec of the trigger.
-        tasks: downstream tasks; an attack on the last is audited, checked and repaired.
+        tasks: downstream tasks; an attack on the first is audited, checked and repaired.
         heads: specs of the probes.
         seeds: attacks on each task.
         own: spec of images of the classes of the network's own head; "" if it has none.
-        clean: spec of the clean images that an audit and a repair are given.
+        audited: spec of the clean images that an audit is given.
+        fresh: spec of the clean images that a repair is given.
         audit: spec of the audit.
-        few: images that a check is tried on, and half as many clean ones that it is calibrated on.
+        few: images that a check is tried on, and as many clean ones.
     """
 
     network: Input
@@ -83,7 +85,8 @@ class Victim:
     heads: tuple[str, ...]
     seeds: int
     own: str
-    clean: str
+    audited: str
+    fresh: str
     audit: str
     few: int
 
@@ -122,22 +125,21 @@ class Victim:
         return Row("ImageNet, its own head", mean_cells(trials, columns))
 
     def later_rows(self) -> list[Row]:
-        """Audit, checks and repair of the first attack on the last task."""
-        task = self.tasks[-1]
+        """The network's own head; audit, checks and repair of the first attack on the first task."""
+        task = self.tasks[0]
         attacked = self.inject(task)
-        rows = []
-        for name, encoder in (("clean", self.network), ("attacked", attacked)):
-            columns = {"verdict": "cleanse.grade", "statistic": "cleanse.statistic"}
-            if self.own:  # of so many classes `cleanse` searches only some, which patches lead to
-                columns["patches read as one class"] = "cleanse.patch_pull"
-            trial = Trial(Audit(encoder, self.clean, (self.audit,), bank=()))
-            rows.append(Row(f"audit, {name}", mean_cells([trial], columns)))
+        columns = {"verdict": "cleanse.grade", "statistic": "cleanse.statistic"}
+        if self.own:  # of so many classes `cleanse` searches only some, which patches lead to
+            columns["patches read as one class"] = "cleanse.patch_pull"
+        audit = Trial(Audit(attacked, self.audited, (self.audit,), bank=()))
+        rows = [self.own_row(task)] if self.own else []
+        rows.append(Row("audit, the default's verdict", mean_cells([audit], columns)))
         images, clean = (limit_records(data, self.few) for data in (task.test, task.train))
         check = Trial(Check(attacked, images, clean, CHECKS, rate=0.05, trigger=self.trigger))
         for name in CHECKS:
             columns = {column: f"{name}.{metric}" for column, metric in CHECKED.items()}
             rows.append(Row(f"check, {name}", mean_cells([check], columns)))
-        repair = Repair(attacked, self.clean, (), task.test, labelled=task.train, revive=False)
+        repair = Repair(attacked, self.fresh, (), task.test, labelled=task.train, revive=False)
         rows.append(Row("repair, the default", mean_cells([Trial(repair)], REPAIRED)))
         return rows
 
@@ -158,15 +160,15 @@ class RealEncoder:
                 rows.append(Row(name, head_cells(trials, head, task.published)))
                 claims.append(succeeds(name, f"The attack succeeds: {name}", "printed"))
                 claims.append(keeps_accuracy(name, f"Accuracy stays: {name}", "printed"))
-        if victim.own:
-            rows.append(victim.own_row(victim.tasks[-1]))
+            if task is victim.tasks[0]:
+                rows += victim.later_rows()
         return Table(
             title="BadEncoder: a published ImageNet network",
             paper_finding=(
                 "ImageNet encoder: ASR 98.9 to 100 % on three tasks, accuracy as before or better "
                 "(public logs, MLP head)."
             ),
-            rows=(*rows, *victim.later_rows()),
+            rows=tuple(rows),
             claims=tuple(claims),
             notes=NOTES,
         )
@@ -185,7 +187,8 @@ def get_victim(options: TableOptions) -> Victim:
             heads=SMOKE.heads,
             seeds=SMOKE.seeds,
             own="",
-            clean="scenes:count=256,seed=7",
+            audited="scenes:count=64,seed=7",
+            fresh="scenes:count=256,seed=7",
             audit="cleanse:steps=3",
             few=80,
         )
@@ -202,13 +205,14 @@ def get_victim(options: TableOptions) -> Victim:
         trigger=published_trigger(
             root, "trigger_pt_white_173_50_ap_replace", "patch:size=50,fill=white,margin=1"
         ),
-        tasks=downstream_tasks(root, 1000, 300),
+        tasks=downstream_tasks(root, 800, 250),
         heads=("linear", "knn:k=10", "mlp:seeds=1,epochs=200"),
         seeds=3,
-        own=sample_spec(root, 224, 300),
-        clean=sample_spec(root, 96, 400),
+        own=sample_spec(root, 224),
+        audited=sample_spec(root, 96),
+        fresh=dataset_spec(root, "tiny_imagenet", "test", size=96, limit=300),
         audit="cleanse",
-        few=120,
+        few=80,
     )
     if options.scale == "small":
         return small
@@ -218,21 +222,20 @@ def get_victim(options: TableOptions) -> Victim:
         shadow=dataset_spec(root, "tiny_imagenet", "train", size=224, limit=10000),
         tasks=downstream_tasks(root),
         heads=HEADS,
-        own=sample_spec(root, 224),
-        clean=sample_spec(root, 224),
+        audited=sample_spec(root, 224),
+        fresh=dataset_spec(root, "tiny_imagenet", "test", size=224),
     )
 
 
-def sample_spec(root: str, size: int, limit: int | None = None) -> str:
+def sample_spec(root: str, size: int) -> str:
     """The spec of a sample of ImageNet, one image a class, in the user's folder."""
-    ending = "" if limit is None else f",limit={limit}"
-    return f"shards:path={root or 'data'}/imagenet_sample/*.tar,size={size}{ending}"
+    return f"shards:path={root or 'data'}/imagenet_sample/*.tar,size={size}"
 
 
 def downstream_tasks(
     root: str, labelled: int | None = None, tested: int | None = None
 ) -> tuple[Task, ...]:
-    """GTSRB, MNIST and CIFAR-10 at 224 px, with the published references of ImageNet's encoder.
+    """CIFAR-10, GTSRB and MNIST at 224 px, with the published references of ImageNet's encoder.
 
     labelled, tested: records of the training and the test split; None takes all.
     """
@@ -250,7 +253,7 @@ def downstream_tasks(
         return Task(name, train, test, target, references, published)
 
     return (
+        task("CIFAR-10", "cifar10", "truck", "truck"),
         task("GTSRB", "gtsrb", "priority road", "priority", LARGE_PUBLISHED["ImageNet"]["GTSRB"]),
         task("MNIST", "mnist_t10k", "1", "one"),
-        task("CIFAR-10", "cifar10", "truck", "truck"),
     )
