@@ -1,6 +1,7 @@
 """Trained trunks, locked, and two linear maps into one space (LiT, Zhai et al. 2022)."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,8 @@ class Lit(Network):
         side = images.preprocess.size
         width = measure_width(images.image, torch.zeros(1, 3, side, side))
         text_width = measure_width(texts.text, texts.tokenizer(["a"]))
-        fresh = Lit(images.about["network"], texts.about["network"], self.dim, self.unlocked)
+        this: Any = self
+        fresh = replace(this, image=images.about["network"], text=texts.about["network"])
         about = {"network": spec(fresh), "vocabulary": texts.about["vocabulary"]}
         if imported := [e.about["imported"] for e in (images, texts) if "imported" in e.about]:
             about["imported"] = {
