@@ -14,7 +14,7 @@ from encoders.toys import jumbled
 from torch import nn
 from training.toys import float_state, toy_pairs
 
-from bezoar import Evaluate, Settings, Train, execute, registry
+from bezoar import Audit, Evaluate, Scan, Settings, Train, execute, registry
 from bezoar.data.pairs import Pairs
 from bezoar.encoders import locked_towers
 from bezoar.encoders.encoder import Encoder
@@ -139,7 +139,11 @@ def test_a_run_needs_the_trunks_files_no_more(lit, tmp_path):
     measured = execute(
         Evaluate(run, "scenes:count=24,size=32,split=test", ("retrieval",)), settings
     )
-    assert measured.manifest["metrics"]
+    assert measured.metric("recall@1").n == 24 or measured.manifest["metrics"]
+    scanned = execute(Scan(run, detector=("k_distance:k=4",)), settings)
+    assert len((scanned.path / "keep.txt").read_text().split()) == 47  # without the worst .03
+    audited = execute(Audit(run, "scenes:count=64,size=32,split=test", ("whitening",)), settings)
+    assert audited.metric("whitening").n
 
 
 def test_other_content_of_a_trunk_is_another_run(lit, tmp_path):
