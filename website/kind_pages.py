@@ -101,6 +101,7 @@ SPECS = {  # methods that cannot be written by their name alone
     "hugging_face": "hugging_face:path=siglip-folder",
     "imported": "imported:path=moco.pth",
     "sentence": "sentence:path=all-MiniLM-L6-v2",
+    "lit": "lit:image=(weights:path=lite0.pth,size=128),text=(sentence:path=all-MiniLM-L6-v2)",
     "weights": "weights:path=model.pth",
     "cross_encoder": "cross_encoder:reference=open_clip:RN50/openai",
     "mntd": "mntd:bank=shadows-19c2/bank.json",

@@ -9,7 +9,7 @@ from torch import nn
 from bezoar import Poison, Scan, Settings, Train, execute, registry
 from bezoar.detection import shared_causes, tower_features, training_traces
 from bezoar.detection.shared_causes import Cause, Discriminants, Support
-from bezoar.encoders.encoder import Encoder, Preprocess
+from bezoar.encoders.encoder import PIXELS_AT_ONCE, Encoder, Preprocess
 
 
 def draw_records(n=6000, groups=20, features=60, poisons=60, seed=0):
@@ -172,6 +172,17 @@ def test_features_of_towers_do_not_depend_on_the_order(network):
     assert straight.shape[0] == 40 and straight.shape[1] > 16
     assert torch.allclose(straight[torch.as_tensor(order)], turned, atol=1e-3)
     assert torch.isfinite(straight).all()
+
+
+@pytest.mark.parametrize("network", ["clip_small:width=4,dim=16", "resnet:depth=18,width=8"])
+def test_images_that_are_embedded_in_several_passes_have_the_same_features(network, monkeypatch):
+    pairs = registry.make("data", "scenes:count=20")()
+    encoder = registry.make("network", network)(32, ("a",)).eval()
+    with torch.inference_mode():
+        whole = tower_features.read_features(encoder, pairs, np.arange(20))
+        monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", 8 * 32**2)
+        in_parts = tower_features.read_features(encoder, pairs, np.arange(20))
+    torch.testing.assert_close(in_parts, whole, rtol=0, atol=1e-3)
 
 
 def test_layers_of_a_transformer_are_spread_over_its_depth():

@@ -48,11 +48,12 @@ def read_features(
     limit = max(128, min(MAX_FEATURES, MAX_VALUES // max(1, len(order))))
     features = torch.empty(0)
     projection: Tensor | None = None
-    with record_outputs(layers) as outputs:
+    with record_outputs(encoder, layers) as passes:
         for rows in blocks(len(order), BLOCK):
-            outputs.clear()
+            passes.clear()
             vectors = encoder.encode_images(source.take(order[rows]).images.to(encoder.device))
-            pooled = torch.cat([*(pool_layer(x) for x in outputs), vectors.float()], 1)
+            outputs = [torch.cat([torch.cat(one, 1) for one in passes])] if layers else []
+            pooled = torch.cat([*outputs, vectors.float()], 1)
             if not len(features):
                 projection = draw_projection(pooled.shape[1], limit, pooled.device)
                 width = pooled.shape[1] if projection is None else limit
@@ -108,15 +109,23 @@ def choose_layers(encoder: RecordEncoder, images: Tensor) -> list[nn.Module]:
 
 
 @contextmanager
-def record_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Yield a list to which every forward pass appends what the layers put out."""
-    outputs: list[Tensor] = []
+def record_outputs(
+    encoder: RecordEncoder, layers: Sequence[nn.Module]
+) -> Iterator[list[list[Tensor]]]:
+    """Yield a list to which every pass of the image tower adds a list: its layers' outputs, pooled.
+
+    An encoder computes a batch of large images in several passes.
+    """
+    passes: list[list[Tensor]] = []
     hooks = [
-        layer.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+        layer.register_forward_hook(lambda _, __, output: passes[-1].append(pool_layer(output)))
         for layer in layers
     ]
+    if layers:
+        suspect: Any = encoder  # which has a tower, as it has layers
+        hooks.append(suspect.image.register_forward_pre_hook(lambda *_: passes.append([])))
     try:
-        yield outputs
+        yield passes
     finally:
         for hook in hooks:
             hook.remove()

@@ -345,12 +345,7 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
     """
     if not 1 <= size <= MAX_SIDE:
         raise ValueError(f"size must be 1 to {MAX_SIDE} pixels, not {size}")
-    fields = vars(network) if type(network).__module__.startswith("bezoar.") else {}
-    if (
-        fields.get("path")
-        or fields.get("name")
-        or ("/" in fields.get("model", "") and not fields.get("fresh"))
-    ):
+    if _names_weights(network):
         raise ValueError("its network names weights of its own; it may have those beside it alone")
     try:
         with torch.device("meta"), limit_weights(count):
@@ -362,6 +357,15 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
     with limit_weights(count):
         encoder: Encoder = network(size, vocabulary)
     return encoder
+
+
+def _names_weights(network: Any) -> bool:
+    """Whether a network names files of weights, or one of the networks that it is made of does."""
+    fields = vars(network) if type(network).__module__.startswith("bezoar.") else {}
+    named = fields.get("path") or fields.get("name")
+    in_model = "/" in fields.get("model", "") and not fields.get("fresh")
+    parts = network.parts() if hasattr(network, "parts") else ()
+    return bool(named or in_model) or any(map(_names_weights, parts))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,6 +21,7 @@ from bezoar.data.files.writing import write_whole
 from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.data.stored_pairs import StoredPairs
+from bezoar.encoders import locked_towers
 from bezoar.encoders.encoder import Encoder, precision_for, tokenize_captions
 from bezoar.errors import UserError
 from bezoar.evaluation import classifiers, success
@@ -29,6 +31,7 @@ from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
 from bezoar.runs.run import CHECKPOINT, Run
 from bezoar.runs.verb import Input, Takes
+from bezoar.terminal import warn
 from bezoar.training import collectives, loop, prefetch, selfsupervised
 from bezoar.training.loop import TrainingLog
 from bezoar.verbs import evaluate
@@ -77,7 +80,9 @@ class Train:
         else:
             tokens = tokenize_records(encoder, objective, records.captions, len(records))
         mark_encoder(encoder, objective, dataset.plan)
-        loss = objective(encoder).to(job.device)
+        on_vectors = getattr(objective, "as_stored", False) and locked_towers.is_locked(encoder)
+        learner = locked_towers.Maps(encoder) if on_vectors else encoder
+        loss = objective(learner).to(job.device)
         follow = make_follower(job, encoder, dataset)
         rank, world = collectives.rank_and_world()
 
@@ -88,7 +93,13 @@ class Train:
         def report(step: int, steps: int, value: float) -> None:
             job.progress.step(step, steps, f"loss {value:.3f}")
 
-        with prefetch.training_data(records, job.device, order, objective.epochs) as data:
+        opened: AbstractContextManager[Any]
+        if on_vectors:
+            vectors = locked_towers.embed_trunks(encoder, records, job.progress.step)
+            tokens, opened = vectors.captions, nullcontext(vectors)
+        else:
+            opened = prefetch.training_data(records, job.device, order, objective.epochs)
+        with opened as data:
             log = loop.fit(
                 loss, objective, data, tokens, job.seed, job.folder / CHECKPOINT, report, follow
             )
@@ -105,9 +116,16 @@ class Train:
             "pairs_per_second": round(speed),
             "precision": encoder.precision,
             "ranks": world,
-            "images": data.describe() if isinstance(data, prefetch.Prefetcher) else "in memory",
+            "images": describe_images(data),
         }
         return training_metrics(log, dataset.plan, records.ids)
+
+
+def describe_images(data: Any) -> str:
+    """For the manifest: where a training read images from, or what it read in their place."""
+    if isinstance(data, locked_towers.TrunkVectors):
+        return "vectors of the locked trunks, computed once"
+    return data.describe() if isinstance(data, prefetch.Prefetcher) else "in memory"
 
 
 def new_encoder(job: Job, records: Pairs | StoredPairs) -> Encoder:
@@ -117,13 +135,16 @@ def new_encoder(job: Job, records: Pairs | StoredPairs) -> Encoder:
         encoder: Encoder = network(records.size, network.vocabulary(records.captions))
     except ValueError as error:
         raise UserError(str(error)) from error
+    if line := inputs.describe_weights(encoder):
+        warn(line)
     return encoder.to(job.device)
 
 
 def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
     """Set the precision, and note the objective and the poisoning of the data in the encoder."""
     encoder.precision = precision_for(encoder.device)
-    encoder.about |= {"objective": registry.spec(objective), "poisoned": bool(plan.edits)}
+    poisoned = bool(plan.edits) or encoder.about.get("poisoned", False)  # by its trunks' training
+    encoder.about |= {"objective": registry.spec(objective), "poisoned": poisoned}
     if plan.edits:
         encoder.about |= {"plan": plan.digest(), "goals": [vars(goal) for goal in plan.goals]}
 

@@ -15,7 +15,9 @@ class Objective(Recipe, Protocol):
 
     An objective with `captions = False` reads no captions and trains networks without a text tower.
     If it also has `labels = True`, it is called with labels, int64 (B, 1), instead of tokens:
-    columns of the encoder's head.
+    columns of the encoder's head. One with `as_stored` true sees images and captions unchanged,
+    and reads nothing of the encoder but `encode_images`, `encode_tokens` and `device`: it may be
+    trained on the vectors of locked trunks (see `locked_towers`).
     """
 
     def __call__(self, encoder: Encoder) -> nn.Module:

@@ -52,6 +52,11 @@ class Clip:
         contrastive.check_recipe(self)
         require(0 <= self.flip <= 1, "flip in 0..1")
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether images are seen as they are, so that their vectors may stand for them."""
+        return not self.shift and not self.flip
+
     def __call__(self, encoder: Encoder) -> Loss:
         """The loss, which owns the encoder and the temperature."""
         return Loss(encoder, self)

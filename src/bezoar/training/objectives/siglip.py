@@ -64,6 +64,11 @@ class Siglip:
         require(0 <= self.flip <= 1, "flip in 0..1")
         require(abs(self.bias) <= 100, "bias in -100..100")
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether images are seen as they are, so that their vectors may stand for them."""
+        return not self.shift and not self.flip
+
     def __call__(self, encoder: Encoder) -> Loss:
         """The loss, which owns the encoder, the temperature and the bias."""
         return Loss(encoder, self)
