@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from bezoar.data.files import arrow_stream
-from bezoar.data.files.parquet_process import BATCH_ROWS
+from bezoar.data.files.parquet_process import BATCH_ROWS as BATCH_ROWS
 from bezoar.data.files.paths import check_regular
 from bezoar.errors import UserError
 

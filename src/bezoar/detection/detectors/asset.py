@@ -18,7 +18,6 @@ from bezoar.evaluation.scores import Scores
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.runs import inputs
-from bezoar.runs.verb import input_files
 
 DECAY = 0.01
 
@@ -65,7 +64,7 @@ class Asset:
 
     def files(self) -> list[Any]:
         """Return what the scores depend on besides the fields: the files of the clean pairs."""
-        return input_files(registry.make("data", self.clean)) if self.clean else []
+        return registry.input_files(registry.make("data", self.clean)) if self.clean else []
 
     def __call__(
         self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
