@@ -18,6 +18,7 @@ from bezoar.evaluation.scores import Scores
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 from bezoar.runs import inputs
+from bezoar.runs.verb import spec_of_path
 
 DECAY = 0.01
 
@@ -39,7 +40,7 @@ class Asset:
     """
 
     clean: Annotated[
-        str, "needed: pairs known to be clean and like the scanned ones: a spec, such as shards:..."
+        str, "needed: pairs known to be clean and like the scanned ones: a path or a spec"
     ] = ""
     steps: Annotated[int, "of AdamW"] = 200
     batch: Annotated[int, "pairs of either set in a step"] = 128
@@ -60,11 +61,15 @@ class Asset:
         if not 0 < self.weight <= 1000:
             raise ValueError(f"weight is above 0 and at most 1000; got {self.weight}")
         if self.clean:
-            registry.make("data", self.clean)
+            self.clean_source()
+
+    def clean_source(self) -> Any:
+        """The configured source of the clean pairs. Raises UserError where there is none."""
+        return registry.make("data", spec_of_path("data", self.clean))
 
     def files(self) -> list[Any]:
         """Return what the scores depend on besides the fields: the files of the clean pairs."""
-        return registry.input_files(registry.make("data", self.clean)) if self.clean else []
+        return registry.input_files(self.clean_source()) if self.clean else []
 
     def __call__(
         self, encoder: RecordEncoder, source: Records, report: ProgressReport = no_report
@@ -74,7 +79,7 @@ class Asset:
             raise UserError("detector 'asset' needs clean=, pairs that are known to be clean")
         if not isinstance(encoder, Encoder):
             raise UserError("detector 'asset' tunes a copy of the encoder; here are vectors alone")
-        clean = inputs.read_pairs(registry.make("data", self.clean))
+        clean = inputs.read_pairs(self.clean_source())
         if not clean.captions:
             raise UserError(f"detector 'asset' needs captions; {self.clean} has none")
         tuned = self.tune(encoder, source, clean, report).embed(source)
