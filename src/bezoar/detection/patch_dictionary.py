@@ -46,10 +46,15 @@ class PatchDictionary:
     def learn(images: Tensor, seed: int) -> PatchDictionary:
         """Draw the filters from images, uint8 (N, 3, H, W), of which the first IMAGES count."""
         draw = generator(seed, FILTERS, PATCH)
-        patches = torch.cat([cut_patches(part, 1) for part in images[:IMAGES].split(BLOCK)])
-        count = patches.shape[1]
-        rows = torch.randint(count, (len(patches), PATCHES), generator=draw).to(images.device)
-        drawn = patches.gather(1, rows[..., None].expand(-1, -1, patches.shape[2])).flatten(0, 1)
+        images = images[:IMAGES]
+        places = (SIDE - PATCH + 1) ** 2
+        rows = torch.randint(places, (len(images), PATCHES), generator=draw).to(images.device)
+        # A block at a time: all patches of all images would be 600 MB.
+        parts = [
+            cut_patches(part, 1).gather(1, of_part[..., None].expand(-1, -1, 3 * PATCH**2))
+            for part, of_part in zip(images.split(BLOCK), rows.split(BLOCK), strict=True)
+        ]
+        drawn = torch.cat(parts).flatten(0, 1)  # (M, P)
         mean = drawn.mean(0)
         centred = drawn - mean  # (M, P)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(centred))
