@@ -126,15 +126,10 @@ class Victim:
         return Row("ImageNet, its own head", mean_cells([Trial(verb)], columns))
 
     def later_rows(self) -> list[Row]:
-        """The network's own head; audit, checks and repair of the first attack on the first task."""
+        """The network's own head; checks, repair and audit of the first attack on the first task."""
         task = self.tasks[0]
         attacked = self.inject(task)
-        columns = {"verdict": "cleanse.grade", "statistic": "cleanse.statistic"}
-        if self.own:  # of so many classes `cleanse` searches only some, which patches lead to
-            columns["patches read as one class"] = "cleanse.patch_pull"
-        audit = Trial(Audit(attacked, self.audited, (self.audit,), bank=()))
         rows = [self.own_row(task)] if self.own else []
-        rows.append(Row("audit, the default's verdict", mean_cells([audit], columns)))
         images, clean = (limit_records(data, self.few) for data in (task.test, task.train))
         check = Trial(Check(attacked, images, clean, CHECKS, rate=0.05, trigger=self.trigger))
         for name in CHECKS:
@@ -142,6 +137,11 @@ class Victim:
             rows.append(Row(f"check, {name}", mean_cells([check], columns)))
         repair = Repair(attacked, self.fresh, (), task.test, labelled=task.train, revive=False)
         rows.append(Row("repair, the default", mean_cells([Trial(repair)], REPAIRED)))
+        columns = {"verdict": "cleanse.grade", "statistic": "cleanse.statistic"}
+        if self.own:  # of so many classes `cleanse` searches only some, which patches lead to
+            columns["patches read as one class"] = "cleanse.patch_pull"
+        audit = Trial(Audit(attacked, self.audited, (self.audit,), bank=()))
+        rows.append(Row("audit, the default's verdict", mean_cells([audit], columns)))
         return rows
 
 
