@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -219,33 +220,27 @@ def batch_pairs(
         classes: names of the classes.
         labelled: whether there are labels (-1 where they are unknown) though no class has a name.
     """
-    images: list[np.ndarray] = []
-    ids: list[str] = []
-    captions: list[str] = []
-    labels: list[int] = []
+    entries = (
+        (image, record.ids[number], record.captions[number : number + 1], record.label)
+        for record, number, image in decode_distinct(records, size, report, limit)
+    )
 
-    def flush() -> Pairs:
-        batch = Pairs(
+    def take_batch() -> Pairs | None:
+        # A function, so that no single image is held while the batch is used.
+        columns = list(zip(*itertools.islice(entries, count), strict=True))
+        if not columns:
+            return None
+        images, ids, captions, labels = columns
+        return Pairs(
             images=torch.from_numpy(np.stack(images)),
-            captions=tuple(captions),
+            captions=tuple(itertools.chain.from_iterable(captions)),
             labels=torch.tensor(labels) if classes or labelled else None,
-            ids=tuple(ids),
+            ids=ids,
             classes=tuple(classes),
             report=report,
         )
-        for column in (images, ids, captions, labels):
-            column.clear()
-        return batch
 
-    for record, number, image in decode_distinct(records, size, report, limit):
-        images.append(image)
-        ids.append(record.ids[number])
-        captions.extend(record.captions[number : number + 1])
-        labels.append(record.label)
-        if len(ids) == count:
-            yield flush()
-    if ids:
-        yield flush()
+    yield from iter(take_batch, None)
 
 
 def gather_pairs(
