@@ -36,6 +36,7 @@ def test_default_specs_make_the_same_method_again(kind, name):
         "file": "path=x.npz",
         "imported": "path=x.pth",
         "embeddings": "path=x",
+        "lit": "image=(weights:path=x.pth),text=(sentence:path=x)",
     }
     required |= {"table": "path=x.csv", "weights": "path=x", "hugging_face": "path=x"}
     required |= {"hub": "org/name", "several": "triggers=patch+blur"}

@@ -19,8 +19,7 @@ from bezoar import registry
 from bezoar.encoders import timm_models
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.runs.execute import _resolve_text
-from bezoar.runs.verb import spec_of_weights
+from bezoar.runs.verb import resolve_text, spec_of_weights
 
 CLIP = {
     "embed_dim": 12,
@@ -410,7 +409,7 @@ def test_a_name_of_the_hub_is_fetched_once_and_read_as_a_folder(tmp_path, monkey
         return str(state)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    network = _resolve_text("hf-hub:timm/test_vit.r160_in1k", "encoder", tmp_path)
+    network = resolve_text("hf-hub:timm/test_vit.r160_in1k", "encoder", tmp_path)
     encoder = network(0, ())
     assert encoder.head is not None and encoder.about["imported"]["file"].startswith("hf-hub:timm/")
     assert all(name == "timm/test_vit.r160_in1k" for name, _ in requests)
@@ -465,7 +464,7 @@ def test_bare_paths_and_names_of_the_hub(tmp_path):
     assert spec_of_weights("hf-hub:org/name") == "hub:name=org/name"
     assert spec_of_weights("resnet:depth=18") == "resnet:depth=18"
     assert spec_of_weights("clip_small") == "clip_small"
-    network = _resolve_text(str(file), "encoder", tmp_path)
+    network = resolve_text(str(file), "encoder", tmp_path)
     assert registry.method_name(type(network)) == "weights"
     with pytest.raises(UserError, match="no run 'none'"):
-        _resolve_text("none", "encoder", tmp_path)
+        resolve_text("none", "encoder", tmp_path)

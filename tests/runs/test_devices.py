@@ -340,6 +340,7 @@ def test_badencoder(gpu):
 
 
 DETECTORS = {
+    "asset": "asset:clean=(scenes:count=40,seed=3),steps=2,batch=8",
     "clip_score": "clip_score",
     "cognitive_distillation": "cognitive_distillation:steps=1",
     "loss_trace": "loss_trace:objective=(clip:epochs=2,batch=32),epochs=1",
