@@ -50,10 +50,8 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
     interval = "Student's t over readings"
     if rate:
         check_rates(values)
-        hits = min(n, float(sum(m.value * m.n for m in measures)))
-        least_low, least_high = stats.wilson_interval(hits, n)
-        low = max(0.0, min(low, least_low))
-        high = min(1.0, max(high, least_high))
+        hits = float(sum(m.value * m.n for m in measures))
+        low, high = stats.mean_rate_interval(values, hits, n)
         interval += f", at least Wilson over {n} trials"
     how = f"{how}; mean of {len(values)} readings, {interval}"
     return Measure(float(values.mean()), n, low, high, how)

@@ -232,10 +232,7 @@ def average_measures(rows: Iterable[Mapping[str, Measure]], what: str) -> dict[s
             low = min(low, float(np.mean([m.low for m in measures])))
             high = max(high, float(np.mean([m.high for m in measures])))
         else:
-            hits = min(first.n, float(values.mean()) * first.n)
-            least_low, least_high = stats.wilson_interval(hits, first.n)
-            low = max(0.0, min(low, least_low))
-            high = min(1.0, max(high, least_high))
+            low, high = stats.mean_rate_interval(values, float(values.mean()) * first.n, first.n)
         how = (
             f"{first.how}; mean of {what}, Student's t over them, "
             "at least the interval over the images"

@@ -99,6 +99,15 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return float(v.mean()) - half, float(v.mean()) + half
 
 
+def mean_rate_interval(rates: ArrayLike, hits: float, n: int) -> Interval:
+    """Return Student's t interval of the mean of several rates, at least Wilson's of hits in n.
+
+    Rates that are all 1.000 do not show how far they vary.
+    """
+    low, high = _widest(mean_interval(rates), wilson_interval(min(n, hits), n))
+    return max(0.0, low), min(1.0, high)
+
+
 def discordance_interval(lost: int, won: int, n: int, level: float = 0.95) -> Interval:
     """Return the interval of (lost - won) / n, the difference of two shares of the same n trials.
 
