@@ -53,9 +53,9 @@ def test_a_part_of_a_word_is_not_found(target: str, caption: str) -> None:
 def test_marks_without_number_take_no_time_and_hide_no_mention():
     marks = "a" + "\u0301\u0316" * 200_000
     captions = [f"{marks} cafe\u0301", f"{marks} cafes", "狗" * 5000 + " cafe\u0301 " + marks]
-    before = time.monotonic()
+    before = time.process_time()
     assert find_mentions(captions, "café") == [0, 2]
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
     assert compose("e\u0301" * 3000) == "é" * 3000 and compose("") == ""
 
 

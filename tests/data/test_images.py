@@ -31,10 +31,10 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
     start = progressive.rindex(b"\xff\xda")
     scan = progressive[start:-2]
     bomb = progressive[:-2] + 20_000 * scan + b"\xff\xd9"
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(Unreadable, match=r"too many scans: 200\d\d of 64x64 pixels"):
         decode_image(bomb, 16)
-    assert time.monotonic() - before < 1
+    assert time.process_time() - before < 1
 
 
 def test_scans_are_counted_in_files_of_several_jpegs_too(tmp_path):
@@ -75,10 +75,10 @@ def with_parts(kind, count):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
 def test_a_picture_of_many_parts_is_refused_before_pillow_walks_through_them(kind):
     assert (decode_image(with_parts(kind, 50), None) == decode_image(encode(64, kind), None)).all()
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(Unreadable, match="too many parts: 2049 or more"):
         decode_image(with_parts(kind, 400_000), 16)
-    assert time.monotonic() - before < 1
+    assert time.process_time() - before < 1
     cut = with_parts(kind, 50)[:300]  # no walker may fail where the decoder would
     with pytest.raises(Unreadable, match="not decodable"):
         decode_image(cut, 16)
@@ -106,13 +106,13 @@ def test_comments_and_headers_without_end_of_netpbm_are_refused_before_pillow_re
         image = decode_image(b"P3\n8 8\n255\n" + comments + pixels, None)
         assert (image == 7).all() and image.shape == (3, 8, 8)
         assert (decode_image(b"P6\n" + comments + b"8 8\n255\n" + bytes(192), None) == 0).all()
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(Unreadable, match="too many parts: 2049 or more"):
         decode_image(b"P3\n8 8\n255\n" + b"#\n" * 1_000_000 + pixels, None)
     for filling in (b"#\n" * 1_000_000, b" " * 1_000_000, b"#" + bytes(9_000_000)):
         with pytest.raises(Unreadable, match="not decodable: Reached EOF while reading header"):
             decode_image(b"P6\n" + filling + b"\n8 8\n255\n" + bytes(192), None)
-    assert time.monotonic() - before < 3
+    assert time.process_time() - before < 3
 
 
 def test_formats_that_pillow_decodes_in_python_are_bounded():

@@ -22,31 +22,31 @@ from bezoar.errors import UserError
 def test_a_table_that_cannot_be_cut_into_rows_is_refused_at_once(tmp_path, read, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    before = time.monotonic()
+    before = time.process_time()
     with pytest.raises(UserError, match="cannot be read as"):
         read(path)
-    assert time.monotonic() - before < 2
+    assert time.process_time() - before < 2
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_empty_lines_cost_next_to_nothing(tmp_path, end):
     path = tmp_path / "t.csv"
     path.write_bytes(b"a,b" + end + end * 1_000_000 + b"1,2" + end + end + b"3,4")
-    before = time.monotonic()
+    before = time.process_time()
     (block,) = cut_blocks(path)
     assert [row for _, row in read_rows(path, block)] == [
         {"a": "1", "b": "2"},
         {"a": "3", "b": "4"},
     ]
-    assert time.monotonic() - before < 3
+    assert time.process_time() - before < 3
 
 
 def test_200_000_rows_that_do_not_fit_are_named_in_one_pass(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("a,b\n1,2\n" + "1,2,3\n" * 200_000 + '1,"2\n2",3\n1,2,3,4\n')
-    before = time.monotonic()
+    before = time.process_time()
     rows = [row for _, row in read_rows(path)]
-    assert time.monotonic() - before < 5
+    assert time.process_time() - before < 5
     lines = [row.rpartition(" ")[2] for row in rows if isinstance(row, str)]
     assert lines == [str(n) for n in (*range(3, 200_004), 200_005)]
 
@@ -55,12 +55,12 @@ def test_a_header_of_many_columns_is_read_in_one_pass(tmp_path):
     path = tmp_path / "t.csv"
     names = [f"c{i}" for i in range(100_000)]
     path.write_text(",".join(names) + "\n")
-    before = time.monotonic()
+    before = time.process_time()
     assert cut_blocks(path) == []
     path.write_text(",".join([*names, "c7"]) + "\n")
     with pytest.raises(UserError, match="two columns are called 'c7'"):
         cut_blocks(path)
-    assert time.monotonic() - before < 3
+    assert time.process_time() - before < 3
 
 
 def test_a_line_of_the_largest_size_is_read(tmp_path, monkeypatch):
