@@ -23,7 +23,7 @@ from bezoar.reports import heat_maps, metric_names, page, pictures
 from bezoar.reports.page import execute
 from bezoar.reports.run_page import RunView, build_page
 from bezoar.reports.sections import evaluate, repair, reproduce, scan, train
-from bezoar.runs import inputs
+from bezoar.runs import inputs, tables
 from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 from bezoar.verbs.demo import Demo
@@ -371,6 +371,20 @@ def test_no_other_repair_is_offered_where_all_were_used(tmp_path: Path) -> None:
         steps = repair.next_steps(view)
         assert any("Try another repair" in step.text for step in steps) == offered
         assert "Audit what is left" in steps[-1].text
+
+
+def test_tables_and_pages_agree_on_what_is_a_rate() -> None:
+    shares = {
+        "poisons",
+        "auroc",
+        "shadows_auroc",
+        "average_precision",
+        "place",
+        "p_value",
+    }  # but no counts
+    for name, (_, unit) in metric_names.TERMS.items():
+        is_rate = not name.startswith(tables.NOT_RATES)
+        assert is_rate == (unit == metric_names.RATE or name in shares), name
 
 
 def test_a_table_without_claims_says_its_numbers() -> None:

@@ -21,13 +21,11 @@ from bezoar.runs.verb import Trial
 NORMAL_975 = 1.96  # the 97.5 % quantile of the normal distribution: half of a 95 % interval
 NORMAL_80 = 0.84  # the 80 % quantile: an effect is detectable when it is detected 4 times in 5
 NOT_RATES = (  # beginnings of the names of metrics that are no share in 0..1
-    "z_",
-    "target_rank",
-    "targeted_rank",
-    "similarity",
-    "seconds",
-    "anomaly",
-    "value",
+    *("value", "runner_up", "grade", "statistic", "anomaly", "least_norm", "patch_pull"),
+    *("z_", "target_rank", "targeted_rank", "query_min_rank", "other_min_rank"),
+    *("similarity", "reference_similarity", "reference_kept", "clean_similarity", "agreement_"),
+    *("pattern_correlation", "shift_cosine", "shift_length", "threshold", "final_loss"),
+    *("seconds", "cpu_seconds", "cost_", "poisons_kept", "poison_exposures"),
 )
 
 Reading = tuple[Trial, str]  # a trial, and the name of a metric of its run
