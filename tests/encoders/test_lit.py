@@ -228,11 +228,12 @@ def test_published_trunks_retrieve_the_names_of_unseen_classes(tmp_path):
     )
     vectors = locked_towers.embed_trunks(encoder, data, silent)
     maps = locked_towers.Maps(encoder)
-    objective = registry.make("objective", "clip:epochs=20,shift=0")
-    train = locked_towers.TrunkVectors(vectors.images[:350], vectors.captions[:350])
+    objective = registry.make("objective", "clip:epochs=20,batch=32,shift=0")
+    held_out = torch.arange(500) % 10 >= 7  # classes are in ImageNet's order, animals first
+    train = locked_towers.TrunkVectors(vectors.images[~held_out], vectors.captions[~held_out])
     loop.fit(objective(maps), objective, train, train.captions, 0)
     with torch.no_grad():
-        z = maps.encode_images(vectors.images[350:])
-        w = maps.encode_tokens(vectors.captions[350:])
+        z = maps.encode_images(vectors.images[held_out])
+        w = maps.encode_tokens(vectors.captions[held_out])
     ranks = (z @ w.T >= (z * w).sum(1, keepdim=True)).sum(1)
-    assert float((ranks <= 10).float().mean()) > 0.3  # chance: .067
+    assert float((ranks <= 10).float().mean()) > 0.2  # chance: .067
