@@ -71,6 +71,8 @@ def test_what_clean_pairs_do_not_hold_stands_out(pairs):
 def test_what_is_missing_is_said(pairs):
     with pytest.raises(UserError, match="needs clean="):
         Asset()(build_encoder(pairs), pairs)
+    with pytest.raises(UserError, match="needs captions; the data or the encoder has none"):
+        Asset(clean=CLEAN)(build_encoder(pairs), dataclasses.replace(pairs, captions=()))
     with pytest.raises(UserError, match="vectors alone"):
         Asset(clean=CLEAN)(Vectors(), pairs)
     with pytest.raises(UserError, match="no data 'nowhere'"):

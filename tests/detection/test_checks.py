@@ -280,7 +280,7 @@ def test_what_a_vector_does_not_show_is_drawn_worse_with_a_backdoor(monkeypatch)
     check = registry.make("check", "decoder:steps=60,width=8")
     errors = {b: check(encoder(b), stamped(pairs), clean=clean).values for b in (True, False)}
     assert (errors[True] > 1.5 * errors[False]).float().mean() > 0.85
-    with pytest.raises(UserError, match="at least 50 clean images; there are 20"):
+    with pytest.raises(UserError, match="at least 50 clean images to learn from; there are 20"):
         check(encoder(), pairs, clean=clean.take(range(20)))
 
 
@@ -608,3 +608,20 @@ def test_bad_input_is_one_line(served, capsys):
         and "strip" in manifest["notes"]["incomplete"][0]
         and "bdetclip.flagged" in manifest["metrics"]
     )
+
+
+def test_an_encoder_is_no_reference_of_its_own(monkeypatch):
+    monkeypatch.setattr(cross_encoder, "open_reference", lambda *a: encoder())
+    check = registry.make("check", "cross_encoder:reference=itself")
+    with pytest.raises(UserError, match="the reference is this encoder itself"):
+        check(encoder(), colours(5), clean=colours(60, 1))
+
+
+def test_checks_of_images_refuse_texts(tmp_path, served, capsys):
+    for name in ("new", "clean"):
+        rows = "".join(f"{name} text {i}\n" for i in range(60))
+        (tmp_path / f"{name}.csv").write_text(f"caption\n{rows}")
+    words = (f"texts:path={tmp_path}/new.csv", "--clean", f"texts:path={tmp_path}/clean.csv")
+    status, message = ask(capsys, served, *words, "--check", "decoder")
+    assert status == 2
+    assert "check decoder: it reads images, and these records are texts" in message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,15 @@ def pairs_per_second(size: int) -> float:
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
     """Return what would run: numbers of records and trainings, and minutes of training, or null.
 
-    A verb that runs others names them by `planned_trials(settings)`.
+    A verb that runs others names them by `planned_trials(settings)`; `refused` is why it cannot.
     """
     trials = [Trial(verb, settings.seed)]
     planned_trials = getattr(verb, "planned_trials", None)
-    with contextlib.suppress(UserError):
+    refused = None
+    try:
         trials += planned_trials(settings) if planned_trials else []
+    except UserError as error:
+        refused = str(error)
     trainings = [t for t in sweep.dependency_graph(trials) if verb_name(t.verb) == "train"]
     counts = [count_records(t.verb.data, settings) for t in trainings]
     return {
@@ -56,6 +58,7 @@ def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
         "records": next(_record_counts(verb, settings), None),
         "trainings": len(trainings),
         "minutes": _minutes(trainings, counts) if trainings else None,
+        "refused": refused,
     }
 
 

@@ -128,6 +128,8 @@ class Check:
             if Counter(names)[name] > 1:
                 name = registry.spec(check)
             try:
+                if images.text_only and not getattr(check, "reads_texts", False):
+                    raise UserError("it reads images, and these records are texts")
                 if "classifier" in registry.needs(check) and classifier is None:
                     classifier = make_classifier(encoder, calibration, self.classifier)
                 offered = {

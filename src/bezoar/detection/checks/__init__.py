@@ -6,8 +6,9 @@ clean images alone, so checks go into any program:
     check = MaskingPath(paths=4)                            # or registry.make("check", "masking_path:paths=4")
     scores = check(encoder, images, clean=clean)            # images, clean: Pairs; scores.values float32 (N,)
 
-`needs` names the keyword arguments of a check; `CheckArguments` has their types. A threshold is the
-caller's; `bezoar check` takes a quantile of clean images that calibrated nothing.
+A check of texts has `reads_texts = True`; all others are asked of images alone. `needs` names the
+keyword arguments of a check; `CheckArguments` has their types. A threshold is the caller's;
+`bezoar check` takes a quantile of clean images that calibrated nothing.
 """
 
 from __future__ import annotations

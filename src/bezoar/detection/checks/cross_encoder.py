@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor
 
 from bezoar.data.pairs import Pairs
@@ -56,7 +57,17 @@ class CrossEncoder:
             x, y = (stack_float64(v, encoder.device) for v in vectors)
             return x, y
 
-        fit = fit_ridge(*embed(clean))
+        if not reference.reads_images:
+            raise UserError(
+                f"check 'cross_encoder': the reference {self.reference} reads no images"
+            )
+        x, y = embed(clean)
+        if x.shape == y.shape and torch.equal(x, y):
+            raise UserError(
+                "check 'cross_encoder': the reference is this encoder itself, which explains "
+                "everything; give one of other origin"
+            )
+        fit = fit_ridge(x, y)
         x, y = embed(images)
         length = (y - fit.predict(x)).norm(dim=1)
         notes = {"clean": len(clean), "clean_length": float(fit.left_out.norm(dim=1).mean())}

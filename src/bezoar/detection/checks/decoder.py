@@ -86,7 +86,8 @@ class Decoder:
         """-> Scores. Raises UserError for too few clean images."""
         if len(clean) < MIN_CLEAN:
             raise UserError(
-                f"decoder needs at least {MIN_CLEAN} clean images; there are {len(clean)}"
+                f"decoder needs at least {MIN_CLEAN} clean images to learn from; there are "
+                f"{len(clean)}"
             )
         network = self.train(encoder, clean, report)
         hidden = hide_cells(1, self.test_hidden, generator(self.seed, self.steps))

@@ -35,6 +35,7 @@ class DropToken:
     carriers: Annotated[int, "clean texts, the same for all inputs"] = 8
     words: Annotated[int, "different words of a text that are left out, at most"] = 48
 
+    reads_texts: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("clean", "report")
 
     def __post_init__(self) -> None:

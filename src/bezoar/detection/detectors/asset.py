@@ -79,9 +79,13 @@ class Asset:
             raise UserError("detector 'asset' needs clean=, pairs that are known to be clean")
         if not isinstance(encoder, Encoder):
             raise UserError("detector 'asset' tunes a copy of the encoder; here are vectors alone")
+        if encoder.text is None or not source.take([0]).captions:
+            raise UserError("detector 'asset' needs captions; the data or the encoder has none")
         clean = inputs.read_pairs(self.clean_source())
         if not clean.captions:
-            raise UserError(f"detector 'asset' needs captions; {self.clean} has none")
+            raise UserError(
+                f"detector 'asset' needs captions; the clean pairs {self.clean} have none"
+            )
         tuned = self.tune(encoder, source, clean, report).embed(source)
         return Scores(tuned.ids, -caption_cosines(tuned, "'asset'"))
 
