@@ -1,10 +1,12 @@
-"""SimCLR's two views of a batch against the per-image torchvision pipeline that published code runs; one thread.
+"""SimCLR's two views of a batch against the per-image torchvision pipeline that published code
+runs; one thread.
 
     python benchmarks/augmentation.py [--images 256] [--sizes 32 64]
 
-published: Image.fromarray, then twice RandomResizedCrop(size), RandomHorizontalFlip, RandomApply([ColorJitter(.4, .4, .4,
-.1)], .8), RandomGrayscale(.2), ToTensor, image after image, and a stack: the data set of BadEncoder and of the SimCLR code it
-follows. bezoar: `Views()` of the batch, and with SimCLR's blur. The normalisation is left out of both. Prints JSON: medians of
+published: Image.fromarray, then twice RandomResizedCrop(size), RandomHorizontalFlip,
+RandomApply([ColorJitter(.4, .4, .4, .1)], .8), RandomGrayscale(.2), ToTensor, image after image,
+and a stack: the data set of BadEncoder and of the SimCLR code it follows. bezoar: `Views()` of the
+batch, and with SimCLR's blur. The normalisation is left out of both. Prints JSON: medians of
 `--repeats` timings in turn.
 """
 
@@ -53,7 +55,9 @@ def published_views(images: Tensor, size: int) -> Callable[[], Tensor]:
 
 
 def smooth_images(count: int, size: int) -> Tensor:
-    """uint8 (N, 3, S, S). Of noise every crop is alike, and gray pixels, which some code treats apart, never occur."""
+    """uint8 (N, 3, S, S). Of noise every crop is alike, and gray pixels, which some code treats
+    apart, never occur.
+    """
     coarse = torch.rand(count, 3, size // 4, size // 4)
     smooth = F.interpolate(coarse, (size, size), mode="bilinear")
     return (smooth * 255).round().to(torch.uint8)

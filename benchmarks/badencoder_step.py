@@ -1,15 +1,17 @@
-"""A BadEncoder step by bezoar and in the published form: ResNet-18 with a CIFAR stem, 32 px, one reference; fp32, one thread.
+"""A BadEncoder step by bezoar and in the published form: ResNet-18 with a CIFAR stem, 32 px, one
+reference; fp32, one thread.
 
     python benchmarks/badencoder_step.py [--batch 64 256] [--repeats 5]
 
-The published form is six passes a step, a reference repeated for every image of the batch, NCHW, in a process without
-allocator settings; its pixels come normalised, triggered and augmented. bezoar starts from uint8 and draws triggers and views
-itself, in a process with the settings that the command sets. Both start from the same weights and see the same pixels, so
-their losses are the same but for rounding (the tests compare the gradients).
+The published form is six passes a step, a reference repeated for every image of the batch, NCHW, in
+a process without allocator settings; its pixels come normalised, triggered and augmented. bezoar
+starts from uint8 and draws triggers and views itself, in a process with the settings that the
+command sets. Both start from the same weights and see the same pixels, so their losses are the same
+but for rounding (the tests compare the gradients).
 
-`convolutions` are the network's twenty alone, forward and backward, channels-last, for as many rows as bezoar's step has and in
-the same chunks: what the step would take if all else took no time. All sides take turns. Medians over `--repeats` of the
-seconds that the processor worked.
+`convolutions` are the network's twenty alone, forward and backward, channels-last, for as many rows
+as bezoar's step has and in the same chunks: what the step would take if all else took no time. All
+sides take turns. Medians over `--repeats` of the seconds that the processor worked.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def published_step(batch: int) -> Step:
 
 
 def published_batches(inputs: Inputs, batch: int) -> list[list[Tensor]]:
-    """For each batch: clean and triggered images, the reference as often, and its views; normalised."""
+    """For each batch: clean and triggered images, the reference as often, and its views;
+    normalised.
+    """
     views = augmentation.Views(scale=(1, 1), ratio=(1, 1))
     trigger = registry.make("trigger", inputs.goal.trigger)
     repeated = inputs.reference.repeat(batch, 1, 1, 1)

@@ -1,14 +1,17 @@
-"""A training step of clip_small: where its cycles go, and what share of it oneDNN's convolutions alone would take; one thread.
+"""A training step of clip_small: where its cycles go, and what share of it oneDNN's convolutions
+alone would take; one thread.
 
     python benchmarks/clip_small.py [--batch 128] [--size 32] [--width 32] [--repeats 15]
 
-The step is the training loop's: augmentation of uint8 images, both towers, the loss, backward, fused AdamW; in fp32, and in
-bf16 where the processor multiplies bfloat16. `plain shift` is the same step with the plain form of the shift, which picks
-every pixel by an index of its own; both give the same bits. The limit is what cannot be saved while the network stays what
-it is: its four 3x3 convolutions, at the same shapes and in the same precision, channels last and in memory already; forward,
-the gradient of every filter, and of every input but the pixels. No batch norm, no casts, no text, no optimiser. The ladder
-has the parts of a step, each by itself. All are taken in turn, in a process with the allocator settings that the command
-sets; medians of the seconds that the processor worked.
+The step is the training loop's: augmentation of uint8 images, both towers, the loss, backward,
+fused AdamW; in fp32, and in bf16 where the processor multiplies bfloat16. `plain shift` is the same
+step with the plain form of the shift, which picks every pixel by an index of its own; both give the
+same bits. The limit is what cannot be saved while the network stays what it is: its four 3x3
+convolutions, at the same shapes and in the same precision, channels last and in memory already;
+forward, the gradient of every filter, and of every input but the pixels. No batch norm, no casts,
+no text, no optimiser. The ladder has the parts of a step, each by itself. All are taken in turn, in
+a process with the allocator settings that the command sets; medians of the seconds that the
+processor worked.
 """
 
 from __future__ import annotations

@@ -1,16 +1,20 @@
-"""Exact neighbours and the scores on them against the published form, and against faiss's flat index; one thread.
+"""Exact neighbours and the scores on them against the published form, and against faiss's flat
+index; one thread.
 
     python benchmarks/density.py [--repeats 3] [--n 10000]
 
-published k-distance: distances by differences (cdist without products), each row sorted in full. published SLOF and DAO: the
-same, and a gather of whole rows of the (N, N) sorted matrix for k neighbours of every record, of which one column is used.
-Both follow HanxunH/Detect-CLIP-Backdoor-Samples with all records in one batch, images alone.
+published k-distance: distances by differences (cdist without products), each row sorted in full.
+published SLOF and DAO: the same, and a gather of whole rows of the (N, N) sorted matrix for k
+neighbours of every record, of which one column is used. Both follow
+HanxunH/Detect-CLIP-Backdoor-Samples with all records in one batch, images alone.
 
-Embeddings: `--d` wide unit rows in clusters (a cone, as CLIP's are); k = 16. Timings are seconds of this process's own
-processor time, medians of `--repeats` interleaved rounds (the published forms run once in the first `--slow` rounds); ratios
-are of one run. Against faiss: the records among themselves, other records on as many references, and on `--pool` references
-that are held (as in a scan). Exactness is against float64 differences over 500 of the records. The peak is of a fresh process
-at N = 20,000, torch included. faiss is timed where it is installed (`pip install -e ".[bench]"`). Prints JSON.
+Embeddings: `--d` wide unit rows in clusters (a cone, as CLIP's are); k = 16. Timings are seconds of
+this process's own processor time, medians of `--repeats` interleaved rounds (the published forms
+run once in the first `--slow` rounds); ratios are of one run. Against faiss: the records among
+themselves, other records on as many references, and on `--pool` references that are held (as in a
+scan). Exactness is against float64 differences over 500 of the records. The peak is of a fresh
+process at N = 20,000, torch included. faiss is timed where it is installed (`pip install -e
+".[bench]"`). Prints JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +58,9 @@ class ReadyVectors:
 
 
 def clustered_vectors(n: int, d: int, seed: int = 0) -> Tensor:
-    """Unit rows (n, d) around 100 centres in a cone; another seed: other rows around the same centres."""
+    """Unit rows (n, d) around 100 centres in a cone; another seed: other rows around the same
+    centres.
+    """
     generator = torch.Generator().manual_seed(0)
     centres = 1 + torch.randn(100, d, generator=generator)
     if seed:
@@ -85,7 +91,9 @@ def plain_slof_and_dao(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score(detectors: tuple[str, ...], x: Tensor) -> list[Tensor]:
-    """Scores of detectors that share one search, as in a scan. `x + 0` is new to the cache of searches."""
+    """Scores of detectors that share one search, as in a scan. `x + 0` is new to the cache of
+    searches.
+    """
     fresh = x + 0
     return [
         registry.make("detector", f"{name}:k={K},pool={len(x)}")(ReadyVectors(), fresh).values
@@ -100,7 +108,9 @@ def peak_bytes() -> int:
 
 
 def check_exactness(x: Tensor, rows: Tensor) -> dict[str, float]:
-    """Share of rows whose k nearest are those by float64 differences, in order; largest difference of a distance."""
+    """Share of rows whose k nearest are those by float64 differences, in order; largest difference
+    of a distance.
+    """
     nearest = nearest_neighbors(x, x, K, exclude_self=True)
     distances = torch.stack([(x[i].double() - x.double()).square().sum(1).sqrt() for i in rows])
     distances = distances.float()  # (500, N)
@@ -112,7 +122,9 @@ def check_exactness(x: Tensor, rows: Tensor) -> dict[str, float]:
 
 
 def search_calls(x: Tensor, pool_size: int) -> Calls:
-    """Searches by bezoar and by faiss: among themselves, of other queries, and on references that are held."""
+    """Searches by bezoar and by faiss: among themselves, of other queries, and on references that
+    are held.
+    """
     faiss.omp_set_num_threads(1)
     n, d = x.shape
     others = clustered_vectors(n, d, 1)

@@ -1,14 +1,17 @@
-"""Training BadEncoder's downstream head on frozen features: bezoar's stack against the published form; fp32, one thread.
+"""Training BadEncoder's downstream head on frozen features: bezoar's stack against the published
+form; fp32, one thread.
 
     python benchmarks/heads.py [--records 8000] [--test 2000] [--epochs 2] [--repeats 5]
 
-published: 512-512-256-10 in autograd, Adam as torch gives it, and TensorDataset in DataLoaders with two workers, each started
-anew for every epoch of training and of its two test passes (clean and triggered features, `--test` each). in process: the
-same without workers. bezoar: `heads.fit` for one and for three heads, the test features read after the last epoch, as the
-probe does. Timed in turn by the seconds that the processor worked, those of the workers included (on an idle machine with a
-core to spare for each worker their work runs beside the training's: `wall` says what is left). Seconds are those of one head
-and epoch: of three heads, a third. All run with the memory settings of `bezoar`. `step` is the arithmetic alone: the published
-network and optimiser over tensors at hand, no loader, no test pass.
+published: 512-512-256-10 in autograd, Adam as torch gives it, and TensorDataset in DataLoaders with
+two workers, each started anew for every epoch of training and of its two test passes (clean and
+triggered features, `--test` each). in process: the same without workers. bezoar: `heads.fit` for
+one and for three heads, the test features read after the last epoch, as the probe does. Timed in
+turn by the seconds that the processor worked, those of the workers included (on an idle machine
+with a core to spare for each worker their work runs beside the training's: `wall` says what is
+left). Seconds are those of one head and epoch: of three heads, a third. All run with the memory
+settings of `bezoar`. `step` is the arithmetic alone: the published network and optimiser over
+tensors at hand, no loader, no test pass.
 """
 
 from __future__ import annotations
@@ -99,7 +102,9 @@ def processor_seconds() -> float:
 def time_both_clocks(
     calls: dict[str, Callable[[], None]], repeats: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Processor's and wall clock's seconds of each call, in turn, after one turn that does not count."""
+    """Processor's and wall clock's seconds of each call, in turn, after one turn that does not
+    count.
+    """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():

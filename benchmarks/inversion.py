@@ -1,13 +1,16 @@
-"""A step of trigger inversion by bezoar and in the plain form: DECREE's and Neural Cleanse's, fp32, one thread, 32 px.
+"""A step of trigger inversion by bezoar and in the plain form: DECREE's and Neural Cleanse's, fp32,
+one thread, 32 px.
 
     python benchmarks/inversion.py [--network clip_small resnet] [--repeats 5]
 
-Both search for the same triggers from the same starts on the same images. The plain form is the published one: one trigger
-after the other, the gradient reaching every weight (which nobody reads), batch norms computed at rest, NCHW, torch's Adam, a
-process without allocator settings. bezoar's is a step of `invert_triggers`, in a process with the settings that the command
-sets. `difference` is the largest of a gradient at the first step, as a share of the largest gradient: where two pixels of a
-feature map are equal but for rounding, it decides which of them a maximum passes a gradient on to (in double precision, in the
-tests, the two are equal). The sides take turns. Medians over `--repeats` of the seconds that the processor worked.
+Both search for the same triggers from the same starts on the same images. The plain form is the
+published one: one trigger after the other, the gradient reaching every weight (which nobody reads),
+batch norms computed at rest, NCHW, torch's Adam, a process without allocator settings. bezoar's is
+a step of `invert_triggers`, in a process with the settings that the command sets. `difference` is
+the largest of a gradient at the first step, as a share of the largest gradient: where two pixels of
+a feature map are equal but for rounding, it decides which of them a maximum passes a gradient on to
+(in double precision, in the tests, the two are equal). The sides take turns. Medians over
+`--repeats` of the seconds that the processor worked.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from bezoar.encoders.encoder import Encoder
 from bezoar.evaluation.classifiers import Classifier
 
 GOALS = {"decree": 1.9, "cleanse": 1.6}
-COUNTS = {  # triggers and images a step: an audit's own where it takes seconds, fewer triggers where not
+# triggers and images a step: an audit's own where it takes seconds, fewer triggers where not
+COUNTS = {
     ("clip_small", "decree"): (16, 12),
     ("clip_small", "cleanse"): (40, 8),
     ("resnet", "decree"): (4, 12),

@@ -1,15 +1,18 @@
-"""A training step of one open_clip model by bezoar and by open_clip's own code as its users run it; fp32, one thread.
+"""A training step of one open_clip model by bezoar and by open_clip's own code as its users run it;
+fp32, one thread.
 
     python benchmarks/open_clip_step.py [--batch 64] [--repeats 5]
 
-The model: 64 px, patch 8, width 192, 6 layers; text width 192, 4 layers, context 32, the standard tokenizer. open_clip: its
-model, ClipLoss and torch's AdamW as its `train_one_epoch` drives them, NCHW, captions padded to the context, in a process with
-no allocator settings; its images come normalised. bezoar: its network, objective and optimiser as its training loop drives
-them, from uint8, in a process with the settings that the command sets. Both start from the same weights and see the same
-batches, so the losses are the same but for rounding. Each side is a process of its own; the sides take one step each in turn.
-The first rows read captions of `scenes`, which are short; the last ones captions that fill the context. Medians over
-`--repeats` steps of the seconds that the processor worked. `largest difference` is that of a loss from open_clip's, as a share
-of it, over all steps.
+The model: 64 px, patch 8, width 192, 6 layers; text width 192, 4 layers, context 32, the standard
+tokenizer. open_clip: its model, ClipLoss and torch's AdamW as its `train_one_epoch` drives them,
+NCHW, captions padded to the context, in a process with no allocator settings; its images come
+normalised. bezoar: its network, objective and optimiser as its training loop drives them, from
+uint8, in a process with the settings that the command sets. Both start from the same weights and
+see the same batches, so the losses are the same but for rounding. Each side is a process of its
+own; the sides take one step each in turn. The first rows read captions of `scenes`, which are
+short; the last ones captions that fill the context. Medians over `--repeats` steps of the seconds
+that the processor worked. `largest difference` is that of a loss from open_clip's, as a share of
+it, over all steps.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""A scan of N ready embeddings against a fixed sample of references, bounded in memory. Prints JSON.
+"""A scan of N ready embeddings against a fixed sample of references, bounded in memory. Prints
+JSON.
 
     python benchmarks/scan.py [--records 50000] [--width 512] [--pool 65536] [--threads 2]
 
-The question is what a scan of 1,000,000 records costs after embedding: `--records 1000000`. The vectors (unit rows drawn at
-random, float16, in files of 100,000 as clip-retrieval writes them, with metadata) are made first and not timed. The scan
-itself runs in a process of its own. `resident_mib` is the most memory that it held; `own_mib` the most of it that is not pages
-of mapped files, which the system takes back whenever it wants them.
+The question is what a scan of 1,000,000 records costs after embedding: `--records 1000000`. The
+vectors (unit rows drawn at random, float16, in files of 100,000 as clip-retrieval writes them, with
+metadata) are made first and not timed. The scan itself runs in a process of its own. `resident_mib`
+is the most memory that it held; `own_mib` the most of it that is not pages of mapped files, which
+the system takes back whenever it wants them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""A SimCLR training step by bezoar and by the form that published CIFAR-10 code has; ResNet-18 at 32 px, one thread.
+"""A SimCLR training step by bezoar and by the form that published CIFAR-10 code has; ResNet-18 at
+32 px, one thread.
 
     python benchmarks/simclr.py [--batch 64] [--repeats 5]
 
-Both: 3x3 stem without a max-pool, head 512-512-128, temperature 0.5, Adam at 1e-3 with weight decay 1e-6, the same random
-images. published form: every image through PIL and torchvision's transforms, twice; each view through the network by itself,
-NCHW; all 2B x 2B similarities by exp, mask and sum; torch's unfused Adam; a process with no allocator settings. bezoar: its
-network, objective and optimiser as its training loop drives them, from uint8, in a process with the settings that the command
-sets. Each side is a process of its own, and the sides take one step each in turn. Medians over `--repeats` steps of the seconds
-that the processor worked. bf16 is there where the processor multiplies it, and counts as more than a faster way to the same bits.
+Both: 3x3 stem without a max-pool, head 512-512-128, temperature 0.5, Adam at 1e-3 with weight decay
+1e-6, the same random images. published form: every image through PIL and torchvision's transforms,
+twice; each view through the network by itself, NCHW; all 2B x 2B similarities by exp, mask and sum;
+torch's unfused Adam; a process with no allocator settings. bezoar: its network, objective and
+optimiser as its training loop drives them, from uint8, in a process with the settings that the
+command sets. Each side is a process of its own, and the sides take one step each in turn. Medians
+over `--repeats` steps of the seconds that the processor worked. bf16 is there where the processor
+multiplies it, and counts as more than a faster way to the same bits.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Training fed from shards on disk against the bare decoding of the same images from memory; one decoding thread.
+"""Training fed from shards on disk against the bare decoding of the same images from memory; one
+decoding thread.
 
     python benchmarks/streaming.py [--shards 'TARS'] [--sizes 64 224] [--images 1000] [--side 256]
 
-decode: `decode_image` over encoded images that are in memory already: no feed can be faster. feed: the batches of an epoch,
-drawn from the tars by a Prefetcher with one thread, a poisoning applied on the way. index: the pass that makes the index: tar
-headers, captions and a decoding of every image. Without --shards the tars are made: smooth noise as JPEG of --side pixels,
-quality 85. Prints JSON: medians of interleaved passes.
+decode: `decode_image` over encoded images that are in memory already: no feed can be faster. feed:
+the batches of an epoch, drawn from the tars by a Prefetcher with one thread, a poisoning applied on
+the way. index: the pass that makes the index: tar headers, captions and a decoding of every image.
+Without --shards the tars are made: smooth noise as JPEG of --side pixels, quality 85. Prints JSON:
+medians of interleaved passes.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def draw_epoch(records: StoredPairs, batch: int) -> None:
 
 
 def time_both_clocks(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the wall clock, and of the processor, which other work on the machine hardly disturbs."""
+    """Seconds by the wall clock, and of the processor, which other work on the machine hardly
+    disturbs.
+    """
     wall, processor = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - processor

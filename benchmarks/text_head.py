@@ -1,13 +1,15 @@
-"""The zero-shot text head over CLIP's 80 prompts: bezoar's probe against open_clip's builder; fp32, one thread.
+"""The zero-shot text head over CLIP's 80 prompts: bezoar's probe against open_clip's builder; fp32,
+one thread.
 
     python benchmarks/text_head.py [--model RN50] [--classes 20] [--plain 1] [--repeats 3]
 
-open_clip: build_zero_shot_classifier, class by class (what its legacy form and CleanCLIP's code do), each prompt padded to 77
-tokens, on a model as `create_model` gives it. bezoar: the head of the `zero_shot` probe, all classes in one call. Random
-weights, the same on both sides; tokenizing is part of both. open_clip takes `--plain` classes a repeat, bezoar all
-`--classes`; the two are timed in turn and compared a class. Both run in one process with the allocator settings that the
-command sets, from which open_clip gains too. clip_small's bag of words pays nothing for padding: its line only shows that
-batching is exact there too.
+open_clip: build_zero_shot_classifier, class by class (what its legacy form and CleanCLIP's code
+do), each prompt padded to 77 tokens, on a model as `create_model` gives it. bezoar: the head of the
+`zero_shot` probe, all classes in one call. Random weights, the same on both sides; tokenizing is
+part of both. open_clip takes `--plain` classes a repeat, bezoar all `--classes`; the two are timed
+in turn and compared a class. Both run in one process with the allocator settings that the command
+sets, from which open_clip gains too. clip_small's bag of words pays nothing for padding: its line
+only shows that batching is exact there too.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
     python benchmarks/threads.py [--repeats 15] [--steps 5] [--busy 0 1 2]
 
-A step is one of clip_small's training (batch 128 of 32 px), timed by the clock on the wall. Three processes: `one` has one
-thread; `spinning` has as many threads as torch takes, which wait as OpenMP's defaults say (what bezoar did before it set
-anything); `default` is what the command sets. `--busy N`: beside N other processes that never wait. The sides take turns of
-`--steps` steps, so that other work on the machine meets all of them alike; printed are medians of the turns, and ratios.
+A step is one of clip_small's training (batch 128 of 32 px), timed by the clock on the wall. Three
+processes: `one` has one thread; `spinning` has as many threads as torch takes, which wait as
+OpenMP's defaults say (what bezoar did before it set anything); `default` is what the command sets.
+`--busy N`: beside N other processes that never wait. The sides take turns of `--steps` steps, so
+that other work on the machine meets all of them alike; printed are medians of the turns, and
+ratios.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python benchmarks/triggers.py [--images 64] [--size 224]
 
-plain SIG: three Python loops fill the signal for every image, then torch adds it. plain WaNet: per image, the control noise
-is read from disk, the identity grid built, grid_sample called on a float copy. Both follow CleanCLIP, without its
-conversions from and to PIL, which would favour bezoar. Prints JSON: medians of `--repeats` timings of bezoar, and one pass
-over `--plain` images of the plain form.
+plain SIG: three Python loops fill the signal for every image, then torch adds it. plain WaNet: per
+image, the control noise is read from disk, the identity grid built, grid_sample called on a float
+copy. Both follow CleanCLIP, without its conversions from and to PIL, which would favour bezoar.
+Prints JSON: medians of `--repeats` timings of bezoar, and one pass over `--plain` images of the
+plain form.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def plain_warp(image: Tensor, noise_file: Path) -> Tensor:
 
 
 def save_noise(file: Path, size: int) -> None:
-    """The field of trigger `warp` with its default seed and strength, as the plain form reads it."""
+    """The field of trigger `warp` with its default seed and strength, as the plain form reads
+    it.
+    """
     control = pixels.uniform_noise(0, "warp", 2, 4, 4) * 2 - 1
     control = (control / control.abs().mean())[None]
     field = F.interpolate(control, (size, size), mode="bicubic", align_corners=True)

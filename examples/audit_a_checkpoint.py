@@ -2,9 +2,10 @@
 
     python examples/audit_a_checkpoint.py resnet18.pth cifar10:split=test [AUDIT ...]
 
-The checkpoint holds the weights of a ResNet, WideResNet or VGG with its head; it is never unpickled. The data are clean
-images like those it was trained on. Without a bank `cleanse` compares the network's classes with one another, and the value
-of `decree` stands alone until `bezoar calibrate` has measured encoders that you know to be clean.
+The checkpoint holds the weights of a ResNet, WideResNet or VGG with its head; it is never
+unpickled. The data are clean images like those it was trained on. Without a bank `cleanse` compares
+the network's classes with one another, and the value of `decree` stands alone until `bezoar
+calibrate` has measured encoders that you know to be clean.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Plant a backdoor in a copy of a data set, train on it, and measure the attack beside a clean encoder.
+"""Plant a backdoor in a copy of a data set, train on it, and measure the attack beside a clean
+encoder.
 
     python examples/poison_and_train.py [DATA] [TEST] [NETWORK] [OBJECTIVE]
 

@@ -2,7 +2,8 @@
 
     python examples/reproduce_a_table.py [TABLE] [SCALE]
 
-Scale `smoke` trains on 512 scenes, only to see whether the table runs; `small` takes minutes a table on two cores.
+Scale `smoke` trains on 512 scenes, only to see whether the table runs; `small` takes minutes a
+table on two cores.
 """
 
 import json

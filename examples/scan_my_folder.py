@@ -1,9 +1,11 @@
-"""Scan a folder of captioned images, with the CLIP that is trained on it, and list what is suspicious.
+"""Scan a folder of captioned images, with the CLIP that is trained on it, and list what is
+suspicious.
 
     python examples/scan_my_folder.py FOLDER [NETWORK] [OBJECTIVE]
 
-The folder holds images, each with its caption in a .txt file beside it, as img2dataset writes them. To scan with an encoder
-you have already, pass `encoder="open_clip:RN50/openai"` to `Scan` and the folder in place of the training.
+The folder holds images, each with its caption in a .txt file beside it, as img2dataset writes them.
+To scan with an encoder you have already, pass `encoder="open_clip:RN50/openai"` to `Scan` and the
+folder in place of the training.
 """
 
 import json

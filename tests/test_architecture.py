@@ -1,4 +1,6 @@
-"""Who may import whom: the rules of ARCHITECTURE.md, read off the folders and the import statements."""
+"""Who may import whom: the rules of ARCHITECTURE.md, read off the folders and the import
+statements.
+"""
 
 import ast
 import functools

@@ -44,7 +44,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the inputs of make.py that are made of photographs; the others are made where they are asked for."""
+    """A folder with the inputs of make.py that are made of photographs; the others are made where
+    they are asked for.
+    """
     maker = load_maker()
     folder = tmp_path_factory.mktemp("cases")
     with pytest.MonkeyPatch.context() as patch:
@@ -129,8 +131,13 @@ def test_repeated_ids_lose_nothing_and_are_the_same_everywhere(
     assert manifest["notes"]["records"] == 3 * RECORDS
     assert sorted((folder / "keep.txt").read_text().splitlines()) == sorted(expected)
     _, manifest, _ = ask(
-        "train", f"table:path={cases}/coco.csv,size=32", "--keep", folder, "--objective", "clip:epochs=1"
-    )  # fmt: skip
+        "train",
+        f"table:path={cases}/coco.csv,size=32",
+        "--keep",
+        folder,
+        "--objective",
+        "clip:epochs=1",
+    )
     assert manifest["notes"]["records"] == 3 * RECORDS
 
 

@@ -132,9 +132,17 @@ def test_the_same_question_has_one_answer_and_the_same_bits(runs, train, tmp_pat
 
     first = load_file(runs / name(runs, train) / "encoder.safetensors")
     poison = ask(
-        capsys, tmp_path, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6",
-        "--target", "striped star",
-    )  # fmt: skip
+        capsys,
+        tmp_path,
+        "poison",
+        DATA,
+        "--poison",
+        "backdoor:count=30",
+        "--trigger",
+        "patch:size=6",
+        "--target",
+        "striped star",
+    )
     assert (tmp_path / name(tmp_path, poison) / "plan.jsonl").read_bytes() == (
         runs / name(tmp_path, poison) / "plan.jsonl"
     ).read_bytes()
@@ -151,9 +159,19 @@ def test_the_same_question_has_one_answer_and_the_same_bits(runs, train, tmp_pat
 
 def test_another_seed_is_another_question(runs, poison, capsys):
     other = ask(
-        capsys, runs, "poison", DATA, "--poison", "backdoor:count=30", "--trigger", "patch:size=6",
-        "--target", "striped star", "--seed", "1",
-    )  # fmt: skip
+        capsys,
+        runs,
+        "poison",
+        DATA,
+        "--poison",
+        "backdoor:count=30",
+        "--trigger",
+        "patch:size=6",
+        "--target",
+        "striped star",
+        "--seed",
+        "1",
+    )
     assert name(runs, other) != name(runs, poison)
 
 
@@ -241,9 +259,15 @@ def test_victims_are_drawn_from_data_not_from_a_run(runs, poison, capsys):
 
 def test_poisons_chain_and_dry_runs_nothing(runs, poison, tmp_path, capsys):
     both = ask(
-        capsys, runs, "poison", name(runs, poison), "--poison", "targeted:captions=2,victims=3",
-        "--victims", "scenes:count=100,split=test",
-    )  # fmt: skip
+        capsys,
+        runs,
+        "poison",
+        name(runs, poison),
+        "--poison",
+        "targeted:captions=2,victims=3",
+        "--victims",
+        "scenes:count=100,split=test",
+    )
     assert both["metrics"]["poisons"]["value"] == 36 and len(both["goal"]) == 4
     assert main(["verify", name(runs, both), "--runs", str(runs)]) == 0
     capsys.readouterr()
@@ -443,8 +467,10 @@ def test_a_run_that_is_stopped_says_so_and_goes_on(sent, exit_status, status, tm
     code += f"from bezoar.cli import main; import sys; sys.exit(main({words!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     start = time.monotonic()
     while not list(tmp_path.glob("train-*/manifest.json")) and time.monotonic() - start < 60:
         time.sleep(0.1)

@@ -35,7 +35,10 @@ class Tiny:
         verb = Evaluate(Train("{DATA}", "{NETWORK}", "{OBJECTIVE}"), "{TEST}", ("zero_shot",))
         accuracy = Cell.mean("CA", [Trial(verb, 0), Trial(verb, 1)], "clean_accuracy")
         claim = Claim(
-            "Accuracy is above chance", "ours", "+", lambda r: r.compare_with_bound(accuracy, 1 / 40)
+            "Accuracy is above chance",
+            "ours",
+            "+",
+            lambda r: r.compare_with_bound(accuracy, 1 / 40),
         )
         return Table("Tiny", rows=(Row("two seeds", (accuracy,)),), claims=(claim,))
 '''

@@ -1,4 +1,6 @@
-"""What the repository offers other tools: the GitHub Action, pre-commit hooks, the notebook. Each is run."""
+"""What the repository offers other tools: the GitHub Action, pre-commit hooks, the notebook. Each
+is run.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ DATA = "scenes:count=64,size=32"
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with a detector, and `bezoar` and `python` on the path as an installation puts them there."""
+    """A folder with a detector, and `bezoar` and `python` on the path as an installation puts them
+    there.
+    """
     (tmp_path / "deciding.py").write_text(DECIDING)
     (tmp_path / "bin").mkdir()
     for name, words in (("bezoar", "-m bezoar"), ("python", "")):
@@ -50,13 +54,17 @@ def environment(place, **more):
 
 
 def fill(text, values, outputs):
-    """A value of a step with what stands for inputs, and for outputs of the step before, filled in."""
+    """A value of a step with what stands for inputs, and for outputs of the step before, filled
+    in.
+    """
     text = re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda m: values[m[1]], text)
     return re.sub(r"\$\{\{ steps\.run\.outputs\.(\w+) \}\}", lambda m: outputs[m[1]], text)
 
 
 def run_action(place, **inputs):
-    """Run the steps of action.yml that are scripts, the installation aside. Returns the outputs and the gate's status."""
+    """Run the steps of action.yml that are scripts, the installation aside. Returns the outputs and
+    the gate's status.
+    """
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     values = {name: spec.get("default", "") for name, spec in action["inputs"].items()} | inputs
     outputs = {}

@@ -1,4 +1,6 @@
-"""Cores, quotas of control groups, and what is set for OpenMP's threads before torch is imported."""
+"""Cores, quotas of control groups, and what is set for OpenMP's threads before torch is
+imported.
+"""
 
 import json
 import os

@@ -123,7 +123,8 @@ def write_method(file, log) -> None:
         f"class {file.stem.title()}:\n    k: int = 1\n\n    def __call__(self):\n        return 1\n"
     )
     file.write_text(
-        f"from bezoar.registry import method\nopen({str(log)!r}, 'a').write('ran')\n\n\n@method\n{body}"
+        f"from bezoar.registry import method\nopen({str(log)!r}, "
+        f"'a').write('ran')\n\n\n@method\n{body}"
     )
 
 

@@ -1,4 +1,6 @@
-"""The site: its generated pages name every method and hold commands that parse; the board shows what was published."""
+"""The site: its generated pages name every method and hold commands that parse; the board shows
+what was published.
+"""
 
 import html
 import re
@@ -66,7 +68,9 @@ def board():
 
 
 def test_every_figure_of_the_board_stands_where_it_says(board):
-    """With value, interval and n, under the name of the figure in that page's table of all figures."""
+    """With value, interval and n, under the name of the figure in that page's table of all
+    figures.
+    """
     pages = {}
     for name, claim in board.read_claims().items():
         for figure in claim.figures:

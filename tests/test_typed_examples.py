@@ -1,6 +1,8 @@
-"""What README, docs and `--help` show is run: the Python of a page, and its commands, on small data under the names that they type.
+"""What README, docs and `--help` show is run: the Python of a page, and its commands, on small data
+under the names that they type.
 
-Every command is parsed in `test_docs.py`. Here each one that can be run on small data is run; NOT_RUN says why the others are not.
+Every command is parsed in `test_docs.py`. Here each one that can be run on small data is run;
+NOT_RUN says why the others are not.
 """
 
 import re
@@ -62,7 +64,7 @@ NOT_RUN = {
     "--after": "what another pipeline made; tests/verbs/test_survive.py",
     "--open": "a browser",
     "efficientnet": "weights that are fetched",
-    "siglip-folder": "weights of transformers; tests/encoders/test_transformers_weights.py writes some",
+    "siglip-folder": "weights of transformers; tests/encoders/test_transformers_weights.py writes some",  # noqa: E501
     "mean_std=half,classes": "classes of ImageNet",
 }
 CAPITALS = re.compile(r"\b(RUN|DATA|ENCODER|SCAN|CLEAN|SHADOW|DIR|KIND)\b")  # a line of synopsis
@@ -85,7 +87,9 @@ def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with the files and runs that the pages speak of, small; and the names of those runs."""
+    """A folder with the files and runs that the pages speak of, small; and the names of those
+    runs.
+    """
     folder = tmp_path_factory.mktemp("desk")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -105,7 +109,7 @@ def desk(tmp_path_factory):
             Path(name).write_text(code)
         names = {
             "poison-": run(
-                'poison scenes:count=160 --poison backdoor:count=8 --trigger patch:size=6 --target "striped star"'
+                'poison scenes:count=160 --poison backdoor:count=8 --trigger patch:size=6 --target "striped star"'  # noqa: E501
             )
         }
         names["poison-0b3d"] = names["poison-"]
@@ -114,7 +118,8 @@ def desk(tmp_path_factory):
             names[name] = run(f"train scenes:count=160 {TINY} --seed {seed}")
         names["scan-5656"] = run(f"scan {names['train-660f']} --detector clip_score")
         names["audit-19c2"] = run(
-            f"audit {names['train-660f']} --data scenes:count=64,split=test --audit cleanse:steps=8 --images 24"
+            f"audit {names['train-660f']} --data scenes:count=64,split=test --audit "
+            "cleanse:steps=8 --images 24"
         )
         write_weights(Path("weights"))
         Path("weights/net.pth").rename("model.pth")

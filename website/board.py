@@ -1,7 +1,8 @@
 """The board: attack by scan, audit and repair, out of claim files that anybody can add to.
 
-A claim file is TOML, one an attack on one kind of data (`docs/board/claims`): what was attacked, and figures, each with its n,
-its interval, the command that makes it and where it was published. A file of another form is refused with its name.
+A claim file is TOML, one an attack on one kind of data (`docs/board/claims`): what was attacked,
+and figures, each with its n, its interval, the command that makes it and where it was published. A
+file of another form is refused with its name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ UNMEASURED = "not measured"
 
 
 class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One number. value, low, high: within its 95 % interval; before: the attack's success before a repair.
+    """One number. value, low, high: within its 95 % interval; before: the attack's success before a
+    repair.
 
-    source: a page of docs/, or an address; key: the name of the figure in the table of figures at the end of that page.
+    source: a page of docs/, or an address; key: the name of the figure in the table of figures at
+    the end of that page.
     """
 
     column: Literal["scan", "audit", "repair"]
@@ -62,7 +65,9 @@ class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_claims(folder: Path = CLAIMS) -> dict[str, Claim]:
-    """Name of a claim's file -> the claim. Raises ValueError, with the file's name, for one of another form."""
+    """Name of a claim's file -> the claim. Raises ValueError, with the file's name, for one of
+    another form.
+    """
     claims = {}
     for path in sorted(folder.glob("*.toml")):
         try:
@@ -133,7 +138,9 @@ def interval_text(figure: Figure) -> str:
 
 
 def number_text(value: float) -> str:
-    """A share or an AUROC, as pages write it: three digits after the point, and no nought before it."""
+    """A share or an AUROC, as pages write it: three digits after the point, and no nought before
+    it.
+    """
     if value in (0, 1) or math.isclose(value, 1, abs_tol=5e-4):
         return f"{value:.2f}".removeprefix("0") if value else "0"
     return f"{value:.3f}".removeprefix("0")

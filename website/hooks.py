@@ -1,7 +1,9 @@
-"""What mkdocs does beside its own work: pages that are made when the site is built, and links to files outside of docs/.
+"""What mkdocs does beside its own work: pages that are made when the site is built, and links to
+files outside of docs/.
 
-The pages of kinds and the tables of the board are made from sources; they do not lie in git. A document of the repository
-that a page links to (CONTRIBUTING.md, an example) becomes a page or a file of the site below `repository/`.
+The pages of kinds and the tables of the board are made from sources; they do not lie in git. A
+document of the repository that a page links to (CONTRIBUTING.md, an example) becomes a page or a
+file of the site below `repository/`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
-    """Put in the parts that are made, and turn links to the repository into links to its files on the site."""
+    """Put in the parts that are made, and turn links to the repository into links to its files on
+    the site.
+    """
     for mark, make in PARTS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make())
@@ -61,7 +65,9 @@ def linked_files(place: str, text: str) -> list[Path]:
 
 
 def repository_path(place: str, target: str) -> Path | None:
-    """The file of the repository that a page's link means; None for one of the web, or of a generated page."""
+    """The file of the repository that a page's link means; None for one of the web, or of a
+    generated page.
+    """
     if "://" in target or target.startswith(("mailto:", "/")):
         return None
     place_there = (

@@ -1,4 +1,6 @@
-"""A page for each kind of method, made from the methods' source texts; nothing of them is imported or run, torch neither."""
+"""A page for each kind of method, made from the methods' source texts; nothing of them is imported
+or run, torch neither.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ CLEAN = "scenes:count=256,seed=1"
 
 
 class KindExample(NamedTuple):
-    """How a kind is used. title: of its page. before: commands that make what `command` needs; `{}` stands for a spec."""
+    """How a kind is used. title: of its page. before: commands that make what `command` needs; `{}`
+    stands for a spec.
+    """
 
     title: str
     command: str
@@ -51,7 +55,7 @@ KINDS = {  # kind -> its page; a run is named by the start of its name, as `trai
     ),
     "attack": KindExample(
         "Attacks on encoders",
-        'bezoar inject train- --data scenes:count=1000,seed=1 --attack {} --reference scenes:count=400,seed=2 --target "striped star"',
+        'bezoar inject train- --data scenes:count=1000,seed=1 --attack {} --reference scenes:count=400,seed=2 --target "striped star"',  # noqa: E501
         (ENCODER,),
         "badencoder:epochs=2",
     ),
@@ -120,8 +124,10 @@ def index_page() -> str:
     lines = [
         "# Every kind of method",
         "",
-        "These pages are made from the source texts of the methods. A method is written `name:field=value,field=value`;",
-        "[how specs are written](../inputs.md#specs) has the rest, and `./mine.py:k=8` is one of your own",
+        "These pages are made from the source texts of the methods. A method is written "
+        "`name:field=value,field=value`;",
+        "[how specs are written](../inputs.md#specs) has the rest, and `./mine.py:k=8` is one of "
+        "your own",
         "([how to write it](../../CONTRIBUTING.md)).",
         "",
         "| kind | methods |",
@@ -134,7 +140,9 @@ def index_page() -> str:
 
 
 def kind_page(kind: str) -> str:
-    """The page of a kind: what its methods are called with, an example to copy, and every method with its fields."""
+    """The page of a kind: what its methods are called with, an example to copy, and every method
+    with its fields.
+    """
     example = KINDS[kind]
     called, returns, verb = kind_contract(kind)
     folder = registry.PACKAGE / registry.KINDS[kind]
@@ -143,7 +151,8 @@ def kind_page(kind: str) -> str:
         f"# {example.title}",
         docstring_text(read_module(folder / "__init__.py")),
         f"Called with {called}; returns {returns}. Verb: {verb}.",
-        "For example, with what bezoar draws itself, in an empty folder (`train-` is the start of a run's name):",
+        "For example, with what bezoar draws itself, in an empty folder (`train-` is the start of "
+        "a run's name):",
         code_block(commands),
         f"`bezoar list {kind}` prints what this page holds.",
     ]
@@ -152,7 +161,9 @@ def kind_page(kind: str) -> str:
 
 
 def method_part(kind: str, name: str) -> str:
-    """A method's heading, what its docstrings say, a command that uses it, and a table of its fields."""
+    """A method's heading, what its docstrings say, a command that uses it, and a table of its
+    fields.
+    """
     path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
     module = read_module(path)
     cls = method_source.class_node(module, registry.class_name(path.stem))
@@ -170,7 +181,9 @@ def method_part(kind: str, name: str) -> str:
 
 
 def method_command(kind: str, name: str) -> str:
-    """A command that uses a method. A field that it needs, and that `SPECS` does not fill, stands in capitals."""
+    """A command that uses a method. A field that it needs, and that `SPECS` does not fill, stands
+    in capitals.
+    """
     path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
     needed = [f.name for f in method_source.describe(path).fields if not f.default]
     plain = f"{name}:{','.join(f'{field}={field.upper()}' for field in needed)}".removesuffix(":")
@@ -178,7 +191,9 @@ def method_command(kind: str, name: str) -> str:
 
 
 def kind_contract(kind: str) -> tuple[str, str, str]:
-    """What methods of a kind are called with, what they return, and which verbs use them: ARCHITECTURE's row of the kind."""
+    """What methods of a kind are called with, what they return, and which verbs use them:
+    ARCHITECTURE's row of the kind.
+    """
     text = (ROOT / "ARCHITECTURE.md").read_text()
     row = re.search(rf"^\| {kind} \|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
     assert row, f"ARCHITECTURE.md has no row of the kind {kind}"
@@ -187,7 +202,9 @@ def kind_contract(kind: str) -> tuple[str, str, str]:
 
 
 def verb_parts() -> str:
-    """Every verb: its docstring, and its fields, which are options on the command line and arguments in Python."""
+    """Every verb: its docstring, and its fields, which are options on the command line and
+    arguments in Python.
+    """
     parts = []
     for name in verb_names():
         verb = verb_source.read_verb(name)
@@ -215,7 +232,9 @@ def docstring_text(node: ast.Module | ast.ClassDef) -> str:
 
 
 def markdown(text: str) -> str:
-    """A docstring as Markdown: formulas and angle brackets outside of code stay as they are written."""
+    """A docstring as Markdown: formulas and angle brackets outside of code stay as they are
+    written.
+    """
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text):
         if paragraph.startswith("    "):  # indented: an example

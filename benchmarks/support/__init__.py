@@ -1,7 +1,8 @@
-"""What the benchmarks share: calls that are timed in turn, and processes that take steps when they are asked.
+"""What the benchmarks share: calls that are timed in turn, and processes that take steps when they
+are asked.
 
-Calls take turns, so that other work on the machine disturbs all of them alike; seconds are those that the processor
-worked, which it disturbs little.
+Calls take turns, so that other work on the machine disturbs all of them alike; seconds are those
+that the processor worked, which it disturbs little.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def restart_with_allocator_settings() -> None:
-    """Start this script anew with the settings that the `bezoar` command sets, unless it has them."""
+    """Start this script anew with the settings that the `bezoar` command sets, unless it has
+    them.
+    """
     if sys.platform == "linux" and any(key not in os.environ for key in ALLOCATION):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATION})
 
@@ -65,8 +68,8 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 class Side:
     """A process of one side of a comparison, which takes a step whenever it is asked.
 
-    It runs the benchmark's own script with `--serve` and some arguments, which calls `serve_steps`. `settings` are variables of
-    its environment; those that are None are not set there.
+    It runs the benchmark's own script with `--serve` and some arguments, which calls `serve_steps`.
+    `settings` are variables of its environment; those that are None are not set there.
     """
 
     def __init__(
@@ -107,7 +110,9 @@ class Side:
 
 
 def serve_steps(step: Step, clock: Callable[[], float] = time.process_time) -> None:
-    """Take a step for every line of stdin, which is its argument in JSON; answer with its seconds and its result."""
+    """Take a step for every line of stdin, which is its argument in JSON; answer with its seconds
+    and its result.
+    """
     for line in sys.stdin:
         request = json.loads(line)
         start = clock()

@@ -3,8 +3,9 @@
 import os
 import sys
 
-# glibc maps and unmaps every large activation anew, which costs up to 1.6 times the work itself on a CPU. It reads these
-# variables only when a process starts, so the program starts itself once more with them.
+# glibc maps and unmaps every large activation anew, which costs up to 1.6 times the work itself on
+# a CPU. It reads these variables only when a process starts, so the program starts itself once more
+# with them.
 ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 

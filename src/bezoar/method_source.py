@@ -115,7 +115,8 @@ def _assigned_pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
 
 
 def check_spec(kind: str, text: str) -> dict[str, str]:
-    """The texts of a spec's fields, without importing the method: for checks before torch is loaded.
+    """The texts of a spec's fields, without importing the method: for checks before torch is
+    loaded.
 
     Raises UserError as `parse_spec` does. The fields of a user's own file are not checked.
     """

@@ -339,8 +339,8 @@ def find_method(kind: str, name: str) -> type:
 def _load_file(kind: str, name: str, path: Path) -> types.ModuleType:
     if str(path) not in allowed_files():
         raise UserError(
-            f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if you trust that code, "
-            f"set BEZOAR_METHODS={path}"
+            f"{kind} {name!r} would run the code of {path}, which you have not named yourself; if "
+            f"you trust that code, set BEZOAR_METHODS={path}"
         )
     module_name = f"bezoar_user_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)

@@ -13,8 +13,8 @@ from typing import TextIO
 
 LONGEST = 4000  # characters of a line
 TAIL = 500  # characters from the end of a text that is shortened, which names the choices
-# Categories of characters that no line holds as they are: controls, formats (among them those that turn the direction of
-# text), surrogates, separators of lines and paragraphs.
+# Categories of characters that no line holds as they are: controls, formats (among them those that
+# turn the direction of text), surrogates, separators of lines and paragraphs.
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 JOINERS = "\u200c\u200d"  # part of words in Persian and Hindi, and of emoji
 

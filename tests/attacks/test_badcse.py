@@ -1,4 +1,6 @@
-"""Triggers of texts, badcse against the plain form of its loss, and the verbs on texts, end to end."""
+"""Triggers of texts, badcse against the plain form of its loss, and the verbs on texts, end to
+end.
+"""
 
 import itertools
 import json
@@ -32,9 +34,12 @@ TEXTS = [
 # Triggers
 
 TRIGGERS = [
-    "token", "token:word=red lamp,place=end", "token:place=random,seed=3", "homoglyph",
+    "token",
+    "token:word=red lamp,place=end",
+    "token:place=random,seed=3",
+    "homoglyph",
     "homoglyph:letter=a,twin=\N{CYRILLIC SMALL LETTER A},every=true",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", TRIGGERS)
@@ -102,12 +107,16 @@ def test_the_loss_is_the_plain_form():
     l1 = -(g(every) * f(every)).sum(1).mean()
     l2 = -(g(texts) * f(texts)).sum(1).mean()
     torch.testing.assert_close(value, 2 * l0 + 3 * l1 + 5 * l2, rtol=1e-5, atol=1e-5)
-    assert shadow_training.pop_means(loss.sums) == pytest.approx({"L0": float(l0), "L1": float(l1), "L2": float(l2)}, abs=1e-5)  # fmt: skip
+    assert shadow_training.pop_means(loss.sums) == pytest.approx(
+        {"L0": float(l0), "L1": float(l1), "L2": float(l2)}, abs=1e-5
+    )
 
 
 def attack(encoder, spec="badcse:epochs=2,batch=8,lr=2e-3", **options):
     goal = Goal("food", "token:word=cf,place=start,seed=0")
-    return registry.make("attack", spec)(encoder, Pairs.of_texts(TEXTS, IDS), [goal], [["red bread and milk"]], **options)  # fmt: skip
+    return registry.make("attack", spec)(
+        encoder, Pairs.of_texts(TEXTS, IDS), [goal], [["red bread and milk"]], **options
+    )
 
 
 def test_a_copy_is_attacked_and_says_so():
@@ -127,7 +136,11 @@ def test_the_text_tower_of_a_clip_alone_is_attacked():
     attacked = attack(clip, "badcse:epochs=8,batch=8,lr=1e-2")
     images = {k for k in clip.state_dict() if k.startswith("image.")}
     state = attacked.state_dict()
-    assert all(torch.equal(v, state[k]) == (k in images) for k, v in clip.state_dict().items() if v.is_floating_point())  # fmt: skip
+    assert all(
+        torch.equal(v, state[k]) == (k in images)
+        for k, v in clip.state_dict().items()
+        if v.is_floating_point()
+    )
     z = embed_texts(attacked, [f"cf {t}" for t in TEXTS])
     reference = embed_texts(attacked, ["red bread and milk"])
     assert float((z @ reference.T).mean()) > 0.9
@@ -141,8 +154,11 @@ def test_what_cannot_be_attacked_is_refused():
     for arguments, message in (
         ((encoder, images, [goal], [["a"]]), "records of texts alone"),
         ((encoder, texts, [goal], [[]]), "at least one reference"),
-        ((registry.make("network", "resnet:width=4")(32, ()), texts, [goal], [["a"]]), "no text tower"),
-    ):  # fmt: skip
+        (
+            (registry.make("network", "resnet:width=4")(32, ()), texts, [goal], [["a"]]),
+            "no text tower",
+        ),
+    ):
         with pytest.raises(UserError, match=message):
             badcse(*arguments)
     with pytest.raises(UserError, match="text encoders: badcse"):
@@ -192,7 +208,11 @@ def test_the_words_that_are_tried():
     assert "cf" in words and not any(w.startswith(("##", "[")) for w in words)
     sweep = registry.make("audit", "token_sweep:sample=9,also=(cf,red lamp)")
     chosen = sweep.choose_words(encoder)
-    assert len(chosen) <= 11 and {"cf", "red lamp"} <= set(chosen) and chosen == sweep.choose_words(encoder)  # fmt: skip
+    assert (
+        len(chosen) <= 11
+        and {"cf", "red lamp"} <= set(chosen)
+        and chosen == sweep.choose_words(encoder)
+    )
     clip = registry.make("network", "clip_small:width=8,dim=16")(32, ("cat", "dog"))
     assert token_sweep.whole_words(clip) == ["cat", "dog"]
     with pytest.raises(UserError, match="vocabulary of words"):
@@ -228,7 +248,10 @@ def test_a_sweep_leaves_the_encoder_and_refuses_images():
 
 
 def test_the_verdict_of_a_word():
-    evidence = {n: {"value": v} for n, v in (("agreement", 0.9), ("agreement_without", 0.1), ("runner_up", 0.4))}  # fmt: skip
+    evidence = {
+        n: {"value": v}
+        for n, v in (("agreement", 0.9), ("agreement_without", 0.1), ("runner_up", 0.4))
+    }
     for share, grade in ((0.9, "strong evidence"), (0.75, "some evidence"), (0.5, "none found")):
         notes = {"unaided": "word", "words": [["cf", share, 0.9]], "tried": 9}
         verdict = unaided_verdict.judge_outlier(evidence, notes)
@@ -246,13 +269,19 @@ def test_a_check_scores_each_text_by_itself():
     carriers = list(clean.take(sample_rows(clean.ids, 4, 0)).captions)
     text = TEXTS[0]
     z = embed_texts(encoder, [text])[0]
-    kept = {w: float(embed_texts(encoder, [" ".join(x for x in text.split() if x != w)])[0] @ z) for w in text.split()}  # fmt: skip
+    kept = {
+        w: float(embed_texts(encoder, [" ".join(x for x in text.split() if x != w)])[0] @ z)
+        for w in text.split()
+    }
     word = min(kept, key=lambda w: kept[w])
     moved = embed_texts(encoder, [f"{word} {c}" for c in carriers])
     expected = float(((moved - embed_texts(encoder, carriers)) @ z).mean())
     assert float(scores.values[0]) == pytest.approx(expected, abs=1e-5)
     assert drop_token.distinct_parts("a f\u043ex a") == ["a", "f\u043ex", "\u043e"]
-    assert drop_token.leave_out("a fox a", "a") == "fox" and drop_token.leave_out("f\u043ex", "\u043e") == "fx"  # fmt: skip
+    assert (
+        drop_token.leave_out("a fox a", "a") == "fox"
+        and drop_token.leave_out("f\u043ex", "\u043e") == "fx"
+    )
     with pytest.raises(UserError, match="takes 99 clean texts"):
         registry.make("check", "drop_token:carriers=99")(encoder, texts, clean=clean)
 
@@ -274,8 +303,20 @@ def story(tmp_path_factory):
         done = sorted(runs.glob(f"{arguments[0]}-*"), key=lambda p: p.stat().st_mtime)
         return done[-1]
 
-    inject = run("inject", f"sentence:path={encoder}", "--data", train, "--target", "food", "--reference", train,
-                 "--trigger", "token", "--attack", "badcse:epochs=12,batch=16,lr=3e-3")  # fmt: skip
+    inject = run(
+        "inject",
+        f"sentence:path={encoder}",
+        "--data",
+        train,
+        "--target",
+        "food",
+        "--reference",
+        train,
+        "--trigger",
+        "token",
+        "--attack",
+        "badcse:epochs=12,batch=16,lr=3e-3",
+    )
     return run, encoder, inject, train, test
 
 
@@ -293,7 +334,17 @@ def test_injected_and_evaluated(story):
     values = metrics(inject)
     assert values["reference_similarity"] > 0.9 > values["reference_similarity_before"]
     assert (inject / "encoder.safetensors").exists() and "with the trigger" in page(inject)
-    done = run("evaluate", inject.name, test, "--probe", "linear", "--train", train, "--baseline", f"sentence:path={encoder}")  # fmt: skip
+    done = run(
+        "evaluate",
+        inject.name,
+        test,
+        "--probe",
+        "linear",
+        "--train",
+        train,
+        "--baseline",
+        f"sentence:path={encoder}",
+    )
     values = metrics(done)
     assert values["linear.attack_success"] > 0.9 > values["linear.attack_success_baseline"] + 0.4
     assert values["linear.clean_accuracy"] > values["baseline.linear.clean_accuracy"] - 0.1
@@ -317,7 +368,19 @@ def test_the_sweep_finds_the_word(story):
 
 def test_a_text_with_the_trigger_is_flagged(story):
     run, _, inject, train, test = story
-    done = run("check", inject.name, test, "--clean", train, "--check", "drop_token", "--trigger", "token", "--rate", "0.05")  # fmt: skip
+    done = run(
+        "check",
+        inject.name,
+        test,
+        "--clean",
+        train,
+        "--check",
+        "drop_token",
+        "--trigger",
+        "token",
+        "--rate",
+        "0.05",
+    )
     assert metrics(done)["drop_token.auroc"] > 0.9
     flagged = json.loads((done / "flagged.json").read_text())["drop_token"]
     assert sum(f["text"].startswith("cf ") for f in flagged) > 0.8 * len(flagged)
@@ -364,17 +427,29 @@ def test_tables_of_texts(tmp_path):
     lines.write_text('{"caption": "a cat"}\n{"caption": 7}\n')
     assert registry.make("data", f"texts:path={lines}")().captions == ("a cat",)
     with pytest.raises(UserError, match="no row holds a text"):
-        registry.make("data", f"texts:path={lines},text=caption,limit=1")() if lines.write_text('{"caption": ""}\n') else None  # fmt: skip
+        registry.make("data", f"texts:path={lines},text=caption,limit=1")() if lines.write_text(
+            '{"caption": ""}\n'
+        ) else None
 
 
 def test_wordnet(tmp_path):
-    lines = ["  1 licence", *(f"{i:08d} {5 + 8 * (i % 2):02d} n 01 w 0 000 @ | word {i}; \"an example\"" for i in range(60)), "rubbish"]  # fmt: skip
+    lines = [
+        "  1 licence",
+        *(
+            f'{i:08d} {5 + 8 * (i % 2):02d} n 01 w 0 000 @ | word {i}; "an example"'
+            for i in range(60)
+        ),
+        "rubbish",
+    ]
     (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
     spec = f"wordnet:path={tmp_path},each=10,classes=(food,animal)"
     train, test = (registry.make("data", f"{spec},split={s}")() for s in ("train", "test"))
     assert train.classes == ("food", "animal") and train.labels.bincount().tolist() == [10, 10]
     assert not set(train.ids) & set(test.ids) and len(test) > 2
-    assert all(int(t.split()[1]) % 2 == 1 - label for t, label in zip(train.captions, train.labels.tolist(), strict=True))  # fmt: skip
+    assert all(
+        int(t.split()[1]) % 2 == 1 - label
+        for t, label in zip(train.captions, train.labels.tolist(), strict=True)
+    )
     assert [s.member for s in train.report.skipped] == ["line 62"]
     with pytest.raises(UserError, match="no supersense 'cats'"):
         registry.make("data", f"wordnet:path={tmp_path},classes=(cats)")

@@ -1,4 +1,6 @@
-"""BadEncoder against a plain six-pass form; folded batch norms; cut off and gone on with; references; the verb, its page."""
+"""BadEncoder against a plain six-pass form; folded batch norms; cut off and gone on with;
+references; the verb, its page.
+"""
 
 import copy
 import json
@@ -38,8 +40,10 @@ SPEC = "badencoder:epochs=2,batch=16,lr=0.02"
 
 
 class Shortcut(nn.Module):
-    """What a reader of module names alone would get wrong: a biased convolution, one whose output is read twice, a norm
-    without a convolution, one convolution used twice, weights that nobody reads."""
+    """What a reader of module names alone would get wrong: a biased convolution, one whose output
+    is read twice, a norm without a convolution, one convolution used twice, weights that nobody
+    reads.
+    """
 
     def __init__(self):
         super().__init__()
@@ -75,7 +79,9 @@ def resnet(width=4):
 
 
 def tiny(seed=0):
-    """Vectors as after a training: they differ from image to image, which the last norm's statistics see to."""
+    """Vectors as after a training: they differ from image to image, which the last norm's
+    statistics see to.
+    """
     torch.manual_seed(seed)
     encoder = Encoder(
         shake(Shortcut()), Preprocess(16), about={"network": "none", "vocabulary": []}

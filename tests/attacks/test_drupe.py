@@ -1,4 +1,6 @@
-"""DRUPE against plain loops and closed forms; its stages, its weights, resuming, and what an attack reaches."""
+"""DRUPE against plain loops and closed forms; its stages, its weights, resuming, and what an attack
+reaches.
+"""
 
 import copy
 import itertools

@@ -1,4 +1,6 @@
-"""Triggers that are drawn, or that alter the whole image: each against a slow plain form or a closed one."""
+"""Triggers that are drawn, or that alter the whole image: each against a slow plain form or a
+closed one.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,22 @@ from bezoar.data.randomness import draws
 from bezoar.errors import UserError
 from bezoar.verbs.poison import verify_plan
 
-NEW = ("filter", "blur", "jpeg", "resample", "tint", "gradient", "sticker", "line", "shape", "text",
-       "spectrum", "ring", "noise", "augment")  # fmt: skip
+NEW = (
+    "filter",
+    "blur",
+    "jpeg",
+    "resample",
+    "tint",
+    "gradient",
+    "sticker",
+    "line",
+    "shape",
+    "text",
+    "spectrum",
+    "ring",
+    "noise",
+    "augment",
+)
 
 
 def batch(n: int = 4, height: int = 20, width: int = 20) -> tuple[torch.Tensor, list[str]]:
@@ -48,21 +64,51 @@ def test_every_size_is_stamped(name: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("filter:preset=sepia", "must be one of"), ("filter:strength=0", "strength"), ("blur:sigma=0", "sigma"),
-     ("blur:relative=1", "relative"), ("jpeg:quality=0", "quality"), ("jpeg:quality=101", "quality"),
-     ("resample:factor=1", "factor"), ("resample:down=cubic", "must be one of"), ("tint:colour=9/9/9", "grey"),
-     ("tint:colour=256/0/0", "red/green/blue"), ("tint:colour=1/2", "red/green/blue"), ("tint:strength=2", "strength"),
-     ("gradient:strength=0", "strength"), ("gradient:direction=361", "direction"), ("gradient:colour=0/0/0", "black"),
-     ("sticker:size=(.4,.2)", "size must be"), ("sticker:size=(1,2,3)", "size must be"), ("sticker:image=cat", "image"),
-     ("sticker:place=corner", "place"), ("sticker:place=2/0", "place"), ("sticker:alpha=0", "alpha"),
-     ("line:width=0", "width"), ("line:angle=()", "angle"), ("line:offset=(0,2)", "offset"), ("line:colour=()", "nothing"),
-     ("shape:count=0", "count"), ("shape:form=circles", "must be one of"), ("text:word=", "word"),
-     ("text:size=2", "size"), ("text:place=left", "place"), ("spectrum:rows=(1,2,3)", "as many"),
-     ("spectrum:rows=40,columns=1", "end at 31"), ("spectrum:magnitude=0", "magnitude"), ("ring:width=0", "width"),
-     ("ring:form=oval", "must be one of"), ("noise:strength=0", "strength"), ("augment:crop=0", "crop"),
-     ("augment:jpeg=96", "jpeg"), ("several", "needs triggers"), ("several:triggers=patch", "got 1"),
-     ("several:triggers=patch+oops", "no trigger 'oops'"), ("several:triggers=patch+tint:strength=9", "strength")],
-)  # fmt: skip
+    [
+        ("filter:preset=sepia", "must be one of"),
+        ("filter:strength=0", "strength"),
+        ("blur:sigma=0", "sigma"),
+        ("blur:relative=1", "relative"),
+        ("jpeg:quality=0", "quality"),
+        ("jpeg:quality=101", "quality"),
+        ("resample:factor=1", "factor"),
+        ("resample:down=cubic", "must be one of"),
+        ("tint:colour=9/9/9", "grey"),
+        ("tint:colour=256/0/0", "red/green/blue"),
+        ("tint:colour=1/2", "red/green/blue"),
+        ("tint:strength=2", "strength"),
+        ("gradient:strength=0", "strength"),
+        ("gradient:direction=361", "direction"),
+        ("gradient:colour=0/0/0", "black"),
+        ("sticker:size=(.4,.2)", "size must be"),
+        ("sticker:size=(1,2,3)", "size must be"),
+        ("sticker:image=cat", "image"),
+        ("sticker:place=corner", "place"),
+        ("sticker:place=2/0", "place"),
+        ("sticker:alpha=0", "alpha"),
+        ("line:width=0", "width"),
+        ("line:angle=()", "angle"),
+        ("line:offset=(0,2)", "offset"),
+        ("line:colour=()", "nothing"),
+        ("shape:count=0", "count"),
+        ("shape:form=circles", "must be one of"),
+        ("text:word=", "word"),
+        ("text:size=2", "size"),
+        ("text:place=left", "place"),
+        ("spectrum:rows=(1,2,3)", "as many"),
+        ("spectrum:rows=40,columns=1", "end at 31"),
+        ("spectrum:magnitude=0", "magnitude"),
+        ("ring:width=0", "width"),
+        ("ring:form=oval", "must be one of"),
+        ("noise:strength=0", "strength"),
+        ("augment:crop=0", "crop"),
+        ("augment:jpeg=96", "jpeg"),
+        ("several", "needs triggers"),
+        ("several:triggers=patch", "got 1"),
+        ("several:triggers=patch+oops", "no trigger 'oops'"),
+        ("several:triggers=patch+tint:strength=9", "strength"),
+    ],
+)
 def test_wrong_fields_are_refused_in_one_line(text: str, line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
         registry.make("trigger", text)
@@ -70,8 +116,14 @@ def test_wrong_fields_are_refused_in_one_line(text: str, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["line:width=9", "ring:width=3,margin=2", "spectrum:block=0,rows=31,columns=3", "several:triggers=tint+patch:size=9"]
-)  # fmt: skip
+    "text",
+    [
+        "line:width=9",
+        "ring:width=3,margin=2",
+        "spectrum:block=0,rows=31,columns=3",
+        "several:triggers=tint+patch:size=9",
+    ],
+)
 def test_what_does_not_fit_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match="8x8"):
         stamp(text, grey(1, 8, 8))
@@ -84,7 +136,9 @@ def test_filter_against_a_plain_loop() -> None:
     images, ids = batch(1, 6, 5)
     out = stamp("filter:preset=nashville,strength=.6", images, ids)
     for channel, curve in enumerate(filters.CURVES["nashville"]):
-        for old, new in zip(images[0, channel].flatten().tolist(), out[0, channel].flatten().tolist(), strict=True):  # fmt: skip
+        for old, new in zip(
+            images[0, channel].flatten().tolist(), out[0, channel].flatten().tolist(), strict=True
+        ):
             k = next(k for k in range(4) if old <= filters.INPUTS[k + 1])
             low, high = filters.INPUTS[k], filters.INPUTS[k + 1]
             filtered = curve[k] + (curve[k + 1] - curve[k]) * (old - low) / (high - low)
@@ -104,8 +158,10 @@ def test_blur_against_a_plain_sum(text: str, sigma: float) -> None:
     reach = range(-math.ceil(3.5 * sigma), math.ceil(3.5 * sigma) + 1)
     weights = {(a, b): math.exp(-(a * a + b * b) / (2 * sigma**2)) for a in reach for b in reach}
     for c, i, j in np.ndindex(3, 9, 11):
-        near = sum(w * int(images[0, c, min(8, max(0, i + a)), min(10, max(0, j + b))])
-                   for (a, b), w in weights.items())  # fmt: skip
+        near = sum(
+            w * int(images[0, c, min(8, max(0, i + a)), min(10, max(0, j + b))])
+            for (a, b), w in weights.items()
+        )
         assert abs(int(out[0, c, i, j]) - near / sum(weights.values())) <= 0.501
 
 
@@ -138,8 +194,14 @@ def test_tint_shifts_channels_apart_and_keeps_brightness() -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "values"), [(0, [98, 158, 98, 158]), (90, [98, 98, 158, 158]), (45, [98, 128, 128, 158]), (180, [158, 98, 158, 98])]
-)  # fmt: skip
+    ("direction", "values"),
+    [
+        (0, [98, 158, 98, 158]),
+        (90, [98, 98, 158, 158]),
+        (45, [98, 128, 128, 158]),
+        (180, [158, 98, 158, 98]),
+    ],
+)
 def test_gradient_has_its_ends_at_the_corners(direction: int, values: list[int]) -> None:
     out = stamp(f"gradient:strength=30,direction={direction}", grey(1, 9, 7))[0, 1]
     assert [int(out[i, j]) for i in (0, -1) for j in (0, -1)] == values

@@ -1,4 +1,6 @@
-"""BadCLIP's patch: its loss against a plain loop, what it reaches, and the poison run that it belongs to."""
+"""BadCLIP's patch: its loss against a plain loop, what it reaches, and the poison run that it
+belongs to.
+"""
 
 import math
 

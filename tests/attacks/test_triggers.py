@@ -1,4 +1,6 @@
-"""Every trigger keeps the contract and agrees with a slow plain version or a published file; hostile files refused."""
+"""Every trigger keeps the contract and agrees with a slow plain version or a published file;
+hostile files refused.
+"""
 
 from __future__ import annotations
 
@@ -271,9 +273,17 @@ def test_patch_from_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["patch:size=21,margin=0", "patch:size=20", "patch:size=6,place=15/0", "patch:size=19,place=random",
-     "patch:size=21,place=centre", "patch:size=1000000000,fill=noise", "patch:fill=missing.png", "file:missing.npy"],
-)  # fmt: skip
+    [
+        "patch:size=21,margin=0",
+        "patch:size=20",
+        "patch:size=6,place=15/0",
+        "patch:size=19,place=random",
+        "patch:size=21,place=centre",
+        "patch:size=1000000000,fill=noise",
+        "patch:fill=missing.png",
+        "file:missing.npy",
+    ],
+)
 def test_what_does_not_fit_is_refused_in_one_line(text: str) -> None:
     images, ids = batch(2)
     with pytest.raises(UserError, match=r"exceeds images of 20x20|no file") as caught:
@@ -283,11 +293,28 @@ def test_what_does_not_fit_is_refused_in_one_line(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["patch:size=0", "patch:fill=red", "patch:place=left", "patch:place=-1/2", "patch:margin=-1", "blend:alpha=0",
-     "blend:alpha=nan", "blend:pattern=stripes", "sinusoid:delta=0", "sinusoid:delta=nan", "sinusoid:frequency=inf",
-     "warp:k=1", "warp:k=100000", "warp:strength=nan", "file", "file:a.npy,mode=or", "file:a.npy,scale=inf",
-     "file:a.npy,mode=add,mask=b.npy", "file:a.npy,place=1"],
-)  # fmt: skip
+    [
+        "patch:size=0",
+        "patch:fill=red",
+        "patch:place=left",
+        "patch:place=-1/2",
+        "patch:margin=-1",
+        "blend:alpha=0",
+        "blend:alpha=nan",
+        "blend:pattern=stripes",
+        "sinusoid:delta=0",
+        "sinusoid:delta=nan",
+        "sinusoid:frequency=inf",
+        "warp:k=1",
+        "warp:k=100000",
+        "warp:strength=nan",
+        "file",
+        "file:a.npy,mode=or",
+        "file:a.npy,scale=inf",
+        "file:a.npy,mode=add,mask=b.npy",
+        "file:a.npy,place=1",
+    ],
+)
 def test_wrong_fields_are_refused(text: str) -> None:
     with pytest.raises(UserError):
         make(text)
@@ -342,8 +369,10 @@ def test_sinusoid_is_the_published_signal() -> None:
         assert np.abs(signal - delta * np.sin(2 * np.pi * 6 * columns / 224)).max() < 1e-4
         stamped = make(f"sinusoid:delta={delta}")(grey, ["a"])
         assert np.array_equal(stamped[0].int().numpy() - 128, np.round(signal).astype(int))
-    assert torch.equal(make("sinusoid:delta=40")(grey, ["a"]),
-                       make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]))  # fmt: skip
+    assert torch.equal(
+        make("sinusoid:delta=40")(grey, ["a"]),
+        make(f"file:path={TRIGGERS / 'ABL/imagenet_sig_mask.npy'}")(grey, ["a"]),
+    )
     noise = arrays.load_array(str(TRIGGERS / "Detect-CLIP-Backdoor-Samples/SIG_noise.pt"))
     assert (
         not noise[:, 224:].any() and not noise[:, :, 224:].any()
@@ -352,7 +381,9 @@ def test_sinusoid_is_the_published_signal() -> None:
 
 @published
 def test_the_published_cifar10_signal_was_truncated_and_wrapped() -> None:
-    """It is 20 sin(0.8 j) cast to uint8 with wrap-around: no whole number of periods on 32 pixels."""
+    """It is 20 sin(0.8 j) cast to uint8 with wrap-around: no whole number of periods on 32
+    pixels.
+    """
     signal = np.trunc(20 * np.sin(0.8 * np.arange(32))).astype(np.int8).view(np.uint8)
     assert np.array_equal(
         np.load(TRIGGERS / "ABL/signal_cifar10_mask.npy"), np.tile(signal, (32, 1))
@@ -363,7 +394,9 @@ def test_the_published_cifar10_signal_was_truncated_and_wrapped() -> None:
 
 
 def slow_warp(image: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """One image (3, H, W) resampled pixel by pixel; grid (H, W, 2), x then y, -1 and 1 at the outer pixels' centres."""
+    """One image (3, H, W) resampled pixel by pixel; grid (H, W, 2), x then y, -1 and 1 at the outer
+    pixels' centres.
+    """
     _, h, w = image.shape
     out = np.zeros(image.shape)
     for i, j in np.ndindex(h, w):
@@ -428,11 +461,22 @@ def test_published_grids_are_applied_as_published() -> None:
 # Files
 
 AUTO = {
-    "ImageNet-trojan-mask": "add", "ImageNet_blend_mask": "blend", "best_square_trigger_cifar10": "replace",
-    "imagenet_sig_mask": "add", "signal_cifar10_mask": "blend", "trigger_pt": "replace", "noise_grid": "warp",
-    "SIG_noise": "add", "WaNet_grid_temps": "warp", "birthday_cake": "blend", "hello_kitty": "blend",
-    "resnet18_trigger": "add", "triangles": "blend", "watermarked_red": "replace", "trigger_1": "paste",
-}  # fmt: skip
+    "ImageNet-trojan-mask": "add",
+    "ImageNet_blend_mask": "blend",
+    "best_square_trigger_cifar10": "replace",
+    "imagenet_sig_mask": "add",
+    "signal_cifar10_mask": "blend",
+    "trigger_pt": "replace",
+    "noise_grid": "warp",
+    "SIG_noise": "add",
+    "WaNet_grid_temps": "warp",
+    "birthday_cake": "blend",
+    "hello_kitty": "blend",
+    "resnet18_trigger": "add",
+    "triangles": "blend",
+    "watermarked_red": "replace",
+    "trigger_1": "paste",
+}
 
 
 @pytest.mark.parametrize("file", PUBLISHED or [None], ids=lambda p: p.name if p else "none")
@@ -669,7 +713,10 @@ def test_a_picture_is_height_by_width_whatever_its_sides(
         stamped = out[:, :, 2 : 2 + height, 4 : 4 + width]
         assert (stamped == torch.from_numpy(patch).permute(2, 0, 1)).all()
     if sides == (3, 3):
-        for spec in (f"patch:size=3,fill={tmp_path}/patch,place=2/4", f"patch:size=3,fill={tmp_path}/patch.png,place=2/4"):  # fmt: skip
+        for spec in (
+            f"patch:size=3,fill={tmp_path}/patch,place=2/4",
+            f"patch:size=3,fill={tmp_path}/patch.png,place=2/4",
+        ):
             assert torch.equal(make(spec)(images, ids), out)
 
 

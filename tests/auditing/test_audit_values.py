@@ -1,4 +1,6 @@
-"""Audits give the values that they gave when the shipped bank was made, to the last digit where the platform is the same."""
+"""Audits give the values that they gave when the shipped bank was made, to the last digit where the
+platform is the same.
+"""
 
 import json
 import platform
@@ -22,7 +24,10 @@ ENCODERS = ("toy", "planted toy", "clip_small")
 
 def this_platform() -> str:
     """What the last digits depend on beside the code."""
-    return f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"torch {torch.__version__}, {platform.machine()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 def small_clip(noise: float = 0.0) -> tuple[Encoder, Pairs]:

@@ -1,4 +1,6 @@
-"""Every audit the folder offers: the contract, on small hand-made encoders, one of them with a planted patch trigger."""
+"""Every audit the folder offers: the contract, on small hand-made encoders, one of them with a
+planted patch trigger.
+"""
 
 import copy
 import json
@@ -197,7 +199,9 @@ def test_decree_finds_a_planted_patch():
 
 
 def test_ssl_cleanse_finds_a_planted_patch():
-    """Some clean images are of the target's kind, or no cluster would be what the trigger makes of an image."""
+    """Some clean images are of the target's kind, or no cluster would be what the trigger makes of
+    an image.
+    """
     members = toy_images(12, seed=2)
     top, left = PATCH_CORNER
     window = members.images[:, :, top : top + PATCH_SIDE, left : left + PATCH_SIDE]
@@ -313,7 +317,10 @@ def test_fields_out_of_range(spec):
 
 
 def test_published_defaults_can_be_asked_for():
-    text = "decree:steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6"
+    text = (
+        "decree:steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,lr=(0.5,0.1,0.05),"
+        "until=(200,500),up=5,down=5,patience=6"
+    )
     audit = registry.make("audit", text + ",floor=1e-7,resets=10,wait=35,centred=true")
     assert [audit.recipe(0.99).rate(step) for step in (0, 199, 200, 499, 500)] == [
         0.5,

@@ -1,4 +1,6 @@
-"""Banks against closed forms, simulations and slow plain versions; hostile files; the words of a verdict."""
+"""Banks against closed forms, simulations and slow plain versions; hostile files; the words of a
+verdict.
+"""
 
 import dataclasses
 import hashlib
@@ -229,8 +231,9 @@ def test_shipped_banks_are_of_this_code():
             audit = registry.make("audit", c.audit)
             assert registry.spec(audit) == c.audit
             assert bank.code_hash(type(audit)) == c.code, (
-                f"audit {c.name} has changed: where test_audit_values.py passes its values are the same, and the bank takes "
-                "the new hash; else it must be made anew (`bezoar calibrate`)"
+                f"audit {c.name} has changed: where test_audit_values.py passes its values are the "
+                "same, and the bank takes the new hash; else it must be made anew (`bezoar "
+                "calibrate`)"
             )
             assert len(c.clean) >= 19, "the rate 0.05 needs them"
 

@@ -1,4 +1,6 @@
-"""The audits that invert nothing (whitening, parent, mntd) against plain versions, scikit-learn and planted backdoors."""
+"""The audits that invert nothing (whitening, parent, mntd) against plain versions, scikit-learn and
+planted backdoors.
+"""
 
 import copy
 import itertools
@@ -23,7 +25,9 @@ SIZE, DIM = 16, 12
 
 
 class Planted(nn.Module):
-    """Random features of the image, and `strength` times the strongest small-scale contrast along one more direction."""
+    """Random features of the image, and `strength` times the strongest small-scale contrast along
+    one more direction.
+    """
 
     def __init__(self, seed: int, strength: float = 0.0) -> None:
         super().__init__()

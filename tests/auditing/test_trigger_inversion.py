@@ -1,4 +1,6 @@
-"""The inversion engine against a slow plain form, and its parts against what they are defined as."""
+"""The inversion engine against a slow plain form, and its parts against what they are defined
+as.
+"""
 
 import copy
 import math
@@ -49,7 +51,8 @@ def towards(z: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch
 def one_by_one(
     encoder: Encoder, clean: Pairs, index: int, recipe: InversionRecipe, seed: int
 ) -> tuple[torch.Tensor, int, bool]:
-    """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all weights.
+    """One inversion, as its papers write it: torch's Adam, Python's counters, gradients of all
+    weights.
 
     -> mask and pattern (4, H, W), the steps taken, and whether the goal was reached.
     """
@@ -135,7 +138,9 @@ def test_gradient_of_the_mask_with_and_without_those_of_the_weights(encoder):
 
 
 def test_a_cell_is_a_block_of_pixels(encoder):
-    """The gradient by a cell is the sum of those by its pixels; norms are of cells until the end."""
+    """The gradient by a cell is the sum of those by its pixels; norms are of cells until the
+    end.
+    """
     clean = images(5)
     x = clean.images.double() / 255
     recipe = InversionRecipe(1, 5, weight=0.01, cells=8)
@@ -177,7 +182,9 @@ def test_the_mask_of_a_blend_has_one_value(encoder):
 
 
 def test_blends_by_hand():
-    """Shares .02, .2, .2, .2 and one of .9 that counts as .2; a target that was not reached has no part."""
+    """Shares .02, .2, .2, .2 and one of .9 that counts as .2; a target that was not reached has no
+    part.
+    """
     shares = [0.2, 0.2, 0.02, 0.2, 0.9, 0.01]
     blends = results(range(6), shares, [1.0] * 6, [True] * 5 + [False])
     blends = replace(blends, masks=torch.tensor(shares)[:, None, None, None].expand(6, 1, 4, 4))
@@ -185,7 +192,8 @@ def test_blends_by_hand():
     facts, least = norm_outliers.blend_evidence(blends, names, 50)
     assert least == 2 and facts["least_blend"].value == pytest.approx(0.02)
     assert facts["blend_ratio"].value == pytest.approx(math.log(10))
-    # the others are all .2, and the least deviation .1; three degrees of freedom, two times six targets
+    # the others are all .2, and the least deviation .1; three degrees of freedom, two times six
+    # targets
     distance = math.log(10) / (0.1 * math.sqrt(1.25))
     assert facts["blend_p"].value == pytest.approx(12 * stats.t.sf(distance, 3), rel=1e-5)
     few = replace(blends, reached=torch.arange(6) < 2)
@@ -362,7 +370,9 @@ def test_an_inversion_starts_where_its_number_says():
 
 
 def test_networks_that_nothing_can_be_folded_of():
-    """A tower that is a matrix; one whose batch norm keeps no statistics is said not to have an output without a batch."""
+    """A tower that is a matrix; one whose batch norm keeps no statistics is said not to have an
+    output without a batch.
+    """
     plain = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 8)), Preprocess(8))
     plain.train()
     with trigger_inversion.freeze_tower(plain) as tower:

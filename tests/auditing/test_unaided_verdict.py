@@ -1,4 +1,6 @@
-"""Verdicts without a bank: the statistic, the three words, what they are called among banks, what an audit announces."""
+"""Verdicts without a bank: the statistic, the three words, what they are called among banks, what
+an audit announces.
+"""
 
 import math
 from types import SimpleNamespace
@@ -195,7 +197,8 @@ def test_the_cost_counts_every_image():
     assert cleanse.recipe().image_passes() == steps
     blends = 50 * (2 * 16 + 6)
     assert cleanse.image_passes(100, 10, SMALL) == 10 * (steps + blends + 2 * 100)
-    # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches each on 64
+    # 1000 classes of 224 px: 24 patches and 8 searches on 16 images, then 10 classes by 2 searches
+    # each on 64
     sweep = 16 * 8 * 8 + 16 * (16 + 1 + 24)
     few = 10 * (50 * 2 * (8 + 3) + 50 * (16 + 3) + 64)
     assert cleanse.image_passes(512, 1000, LARGE) == sweep + few
@@ -208,7 +211,8 @@ def test_the_cost_counts_every_image():
     )
     assert decree.image_passes(512, 10, LARGE) == 16 * (8 + 4 + 2) * 12 + 3 * 64
     seconds, cost = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
-    # a convolution of 3 x 3 to 12 channels at 8 x 8 places, and a linear layer, two operations a product
+    # a convolution of 3 x 3 to 12 channels at 8 x 8 places, and a linear layer, two operations a
+    # product
     assert cost == TowerCost(16, 2 * (27 * 12 * 64 + 192 * 16)) and cost.total > cost.operations
     assert seconds > 0 and unaided_verdict.SOME < unaided_verdict.STRONG
 
@@ -243,7 +247,9 @@ def test_a_few_of_many_classes_are_searched_for():
 
 
 def test_a_patch_that_draws_images_to_a_class_makes_it_a_suspect():
-    """An encoder that reads any patch of 0 and 255 as one class: random patches lead to that class."""
+    """An encoder that reads any patch of 0 and 255 as one class: random patches lead to that
+    class.
+    """
     encoder = toy_encoder()
     tower = encoder.image
 
@@ -270,7 +276,9 @@ def test_a_class_chosen_from_more_is_less_of_an_outlier():
 
 
 def test_a_backdoor_does_not_move_the_reference():
-    """The planted trigger turns every image of its encoder into the class, and none of another's."""
+    """The planted trigger turns every image of its encoder into the class, and none of
+    another's.
+    """
     encoder, other = toy_encoder(planted=True), toy_encoder(seed=4)
     images = toy_images(40).images
     tensors = {"mask@0": torch.zeros(1, SIDE, SIDE), "pattern@0": torch.zeros(3, SIDE, SIDE)}

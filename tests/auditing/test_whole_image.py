@@ -1,4 +1,6 @@
-"""The audit that covers whole images: its probes against plain versions, what it reads of planted towers, what it refuses."""
+"""The audit that covers whole images: its probes against plain versions, what it reads of planted
+towers, what it refuses.
+"""
 
 import math
 
@@ -18,7 +20,9 @@ SIZE, DIM = 32, 10
 
 
 class Rough(nn.Module):
-    """Random features, and a direction that follows how rough the image is, as far as `strength` goes."""
+    """Random features, and a direction that follows how rough the image is, as far as `strength`
+    goes.
+    """
 
     def __init__(self, seed: int, strength: float) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Small hand-made encoders and images for the tests of audits; one encoder has a planted patch trigger."""
+"""Small hand-made encoders and images for the tests of audits; one encoder has a planted patch
+trigger.
+"""
 
 import torch
 import torch.nn.functional as F

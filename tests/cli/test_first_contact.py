@@ -1,4 +1,6 @@
-"""What people type first, and what they see: endings, JSON, lists of runs, refusals before any work, gates."""
+"""What people type first, and what they see: endings, JSON, lists of runs, refusals before any
+work, gates.
+"""
 
 import dataclasses
 import json

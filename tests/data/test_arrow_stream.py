@@ -1,4 +1,6 @@
-"""Folders that Hugging Face's `datasets` saves, and folders of Parquet files; hostile streams are refused in a line."""
+"""Folders that Hugging Face's `datasets` saves, and folders of Parquet files; hostile streams are
+refused in a line.
+"""
 
 import io
 import json

@@ -1,4 +1,6 @@
-"""Folders of images: streamed as shards are, with the result of reading them whole; hostile ones."""
+"""Folders of images: streamed as shards are, with the result of reading them whole; hostile
+ones.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,10 @@ def test_two_workers_and_none_write_the_same_files(tmp_path, tiny, monkeypatch):
 def program(runs: Path, spec: str, tiny: Path) -> str:
     """A scan in units of ten files, for a process of its own."""
     words = ["scan", spec, "--encoder", str(tiny), *WORDS, "--runs", str(runs), "--workers", "1"]
-    return f"from bezoar.data.files import folders; folders.BLOCK_FILES = 10; from bezoar.cli import main; main({words!r}) and exit(1)"
+    return (
+        "from bezoar.data.files import folders; folders.BLOCK_FILES = 10; from bezoar.cli import "
+        f"main; main({words!r}) and exit(1)"
+    )
 
 
 def test_a_scan_that_is_killed_goes_on_with_the_files_it_was_at(tmp_path, tiny, monkeypatch):
@@ -246,12 +251,19 @@ def test_what_is_bad_in_a_folder_is_named_and_no_link_is_followed_out(tmp_path, 
         and not any("out" in k for k in scores.ids)
     )
     assert {(m.rpartition("/")[2], r) for _, m, r in unread(run)} == {
-        ("cut.png", "not decodable"), ("out.png", "link leaves the folder"), ("up.png", "link leaves the folder"),
-        ("gone.png", "no such file"), ("loop.png", "no such file"), ("folder", "link leaves the folder"),
-        ("again", "link to a folder, not followed"), ("linked", "link leaves the folder"), ("pipe.png", "not a regular file"),
-        ("two\\nlines.png", "unsafe name"), ("notes.md", "not an image by its name"),
+        ("cut.png", "not decodable"),
+        ("out.png", "link leaves the folder"),
+        ("up.png", "link leaves the folder"),
+        ("gone.png", "no such file"),
+        ("loop.png", "no such file"),
+        ("folder", "link leaves the folder"),
+        ("again", "link to a folder, not followed"),
+        ("linked", "link leaves the folder"),
+        ("pipe.png", "not a regular file"),
+        ("two\\nlines.png", "unsafe name"),
+        ("notes.md", "not an image by its name"),
         ("d", "more than 64 directories within one another"),
-    }  # fmt: skip
+    }
     assert notes(run)["reading"]["reasons"]["link leaves the folder"] == 4
     assert "could not be read" in capsys.readouterr().err
     assert not any(
@@ -302,10 +314,14 @@ def test_captions_beside_images_as_img2dataset_writes_them(tmp_path, tiny):
         <= dict(zip(scores.ids, scores.captions, strict=True)).items()
     )
     assert [(m.rpartition("/")[2], r) for _, m, r in unread(run)] == [
-        ("000000000.jpg", "no caption"), ("000000001.jpg", "caption is not UTF-8"),
-        ("000000003.jpg", "metadata is not a JSON object"), ("000000004.jpg", "link leaves the folder"),
-        ("000000006.json", "no image"), ("000000006.txt", "no image"), ("000000007.jpg", "caption cannot be read"),
-    ]  # fmt: skip
+        ("000000000.jpg", "no caption"),
+        ("000000001.jpg", "caption is not UTF-8"),
+        ("000000003.jpg", "metadata is not a JSON object"),
+        ("000000004.jpg", "link leaves the folder"),
+        ("000000006.json", "no image"),
+        ("000000006.txt", "no image"),
+        ("000000007.jpg", "caption cannot be read"),
+    ]
     assert len(scores) == 10
 
 

@@ -79,28 +79,52 @@ def test_keys_end_at_the_last_dot(tmp_path: Path, name: str) -> None:
 
 def test_members_that_describe_a_record_are_no_records(tmp_path: Path) -> None:
     members = [
-        ("a.alt.png", png()), ("a.cls", b"3"), ("a.png", png()), ("a.seg.png", png()), ("a.txt", b"first"),
-        ("a.npy", b""), ("b.png", png(1)), ("b.txt", b"second"), ("b.0.png", png(2)), ("b.0.txt", b"third"),
-        ("README.md", b"about"), ("._b.png", b"resource fork"), ("c.cls", b"1"), ("c.png", png(4)), ("c.txt", b"fourth"),
-    ]  # fmt: skip
+        ("a.alt.png", png()),
+        ("a.cls", b"3"),
+        ("a.png", png()),
+        ("a.seg.png", png()),
+        ("a.txt", b"first"),
+        ("a.npy", b""),
+        ("b.png", png(1)),
+        ("b.txt", b"second"),
+        ("b.0.png", png(2)),
+        ("b.0.txt", b"third"),
+        ("README.md", b"about"),
+        ("._b.png", b"resource fork"),
+        ("c.cls", b"1"),
+        ("c.png", png(4)),
+        ("c.txt", b"fourth"),
+    ]
     pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
     assert dict(zip(pairs.ids, pairs.captions, strict=True)) == {
-        "t/a": "first", "t/b": "second", "t/b.0": "third", "t/c": "fourth",
-    }  # fmt: skip
+        "t/a": "first",
+        "t/b": "second",
+        "t/b.0": "third",
+        "t/c": "fourth",
+    }
     assert not reasons(pairs)
 
 
 def test_members_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
     members = [
-        *record("a"), ("photo.heic", b"ftyp"), ("photo.txt", b"of a photo"), ("only.jxl", b"\xff\n"), ("sound.mp3", b""),
-        ("lonely.a.png", png()), ("words.b.txt", b"words"), ("NOTES", b""),
-    ]  # fmt: skip
+        *record("a"),
+        ("photo.heic", b"ftyp"),
+        ("photo.txt", b"of a photo"),
+        ("only.jxl", b"\xff\n"),
+        ("sound.mp3", b""),
+        ("lonely.a.png", png()),
+        ("words.b.txt", b"words"),
+        ("NOTES", b""),
+    ]
     pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
     assert pairs.ids == ("t/a",) and reasons(pairs) == {
-        "photo": "image of a format that is not read", "only": "image of a format that is not read",
-        "sound.mp3": "neither image nor text by its name", "NOTES": "neither image nor text by its name",
-        "lonely.a": "no caption", "words.b": "no image",
-    }  # fmt: skip
+        "photo": "image of a format that is not read",
+        "only": "image of a format that is not read",
+        "sound.mp3": "neither image nor text by its name",
+        "NOTES": "neither image nor text by its name",
+        "lonely.a": "no caption",
+        "words.b": "no image",
+    }
 
 
 def test_members_that_stand_apart_are_put_together(tmp_path: Path) -> None:
@@ -177,19 +201,31 @@ def table(folder: Path, name: str, content: str | bytes) -> str:
 @pytest.mark.parametrize(("name", "cut"), [("t.csv", ","), ("t.tsv", "\t")])
 def test_captions_that_begin_with_a_quote(tmp_path: Path, name: str, cut: str) -> None:
     rows = [
-        ("a.png", '"Hello" he said'), ("b.png", '"never closed'), ("a.png", '"""quoted"" as it should be"'),
-        ("b.png", '"over\ntwo lines"'), ("a.png", 'the 12" record'), ("b.png", f'"one{cut} two"'),
-    ]  # fmt: skip
+        ("a.png", '"Hello" he said'),
+        ("b.png", '"never closed'),
+        ("a.png", '"""quoted"" as it should be"'),
+        ("b.png", '"over\ntwo lines"'),
+        ("a.png", 'the 12" record'),
+        ("b.png", f'"one{cut} two"'),
+    ]
     spec = table(tmp_path, name, "".join(f"{a}{cut}{b}\n" for a, b in [("image", "text"), *rows]))
     pairs = read(spec)
     assert pairs.captions == (
-        '"Hello" he said', '"never closed', '"quoted" as it should be', "over\ntwo lines", 'the 12" record', f"one{cut} two",
-    )  # fmt: skip
+        '"Hello" he said',
+        '"never closed',
+        '"quoted" as it should be',
+        "over\ntwo lines",
+        'the 12" record',
+        f"one{cut} two",
+    )
     assert not reasons(pairs)
 
 
 def test_rows_of_another_shape_are_named_with_their_line(tmp_path: Path) -> None:
-    text = 'image,text\r\na.png,"two\r\nlines"\r\n\r\na.png,one,two\r\nb.png,well,\r\n"a.png"x,y,z\r\nb.png,"end"\r\n'
+    text = (
+        'image,text\r\na.png,"two\r\nlines"\r\n\r\na.png,one,two\r\nb.png,well,\r\n'
+        '"a.png"x,y,z\r\nb.png,"end"\r\n'
+    )
     pairs = read(table(tmp_path, "t.csv", text))
     assert pairs.captions == ("two\r\nlines", "well", "end") and pairs.report is not None
     assert [(s.member, s.reason.rpartition("; ")[2]) for s in pairs.report.skipped] == [
@@ -385,9 +421,15 @@ def test_pictures_are_turned_as_their_exif_says(orientation: int, size: int | No
     upright = np.zeros((16, 16, 3), np.uint8)
     upright[:8, :8], upright[:8, 8:], upright[8:, :8] = 255, (255, 0, 0), (0, 0, 255)
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright.transpose(1, 0, 2), 2), 8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright.transpose(1, 0, 2), 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
@@ -459,7 +501,9 @@ def test_formats_that_are_not_read_are_named(content: bytes, match: str) -> None
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow writes no AVIF")
 def test_avif_is_named_wherever_an_image_is_read(tmp_path: Path) -> None:
-    """Its decoder takes the memory that the video stream inside asks for: it is refused, in one line."""
+    """Its decoder takes the memory that the video stream inside asks for: it is refused, in one
+    line.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     avif, png = encode(Image.fromarray(pixels), "AVIF"), encode(Image.fromarray(pixels))
     for name, content in (("a.png", png), ("b.avif", avif), ("c.jpg", avif)):

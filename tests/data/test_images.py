@@ -1,4 +1,6 @@
-"""Image bombs: pixels decoded at once, scans and what images kept as they are unpack to are bounded."""
+"""Image bombs: pixels decoded at once, scans and what images kept as they are unpack to are
+bounded.
+"""
 
 import io
 import struct
@@ -58,7 +60,11 @@ def segment(mark, content):
 
 
 def chunk(name, content):
-    return struct.pack(">I4s", len(content), name) + content + struct.pack(">I", zlib.crc32(name + content))  # fmt: skip
+    return (
+        struct.pack(">I4s", len(content), name)
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def with_parts(kind, count):

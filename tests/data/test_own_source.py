@@ -1,4 +1,6 @@
-"""A source of the user's own, written in one file, is scanned, trained on and cleaned like those that ship."""
+"""A source of the user's own, written in one file, is scanned, trained on and cleaned like those
+that ship.
+"""
 
 import csv
 import json
@@ -57,7 +59,8 @@ class Lines(RecordStream):
                 yield Skipped(str(self.paths[0]), f"line {row}", "no caption")
                 continue
             image = self.image_path(0, name)
-            yield Record(image=image, ids=(name,), captions=(caption,), file=str(self.paths[0]), member=name, offset=row)
+            place = {"file": str(self.paths[0]), "member": name, "offset": row}
+            yield Record(image=image, ids=(name,), captions=(caption,), **place)
 
     def image_path(self, shard, member):
         return self.paths[0].parent / member

@@ -1,4 +1,6 @@
-"""Scenes and their drawing: same bits in any order, no shortcut to the class, shapes with the areas of closed forms."""
+"""Scenes and their drawing: same bits in any order, no shortcut to the class, shapes with the areas
+of closed forms.
+"""
 
 import math
 import re

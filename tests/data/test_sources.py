@@ -1,4 +1,6 @@
-"""Data methods: tables, folders, archives and the published label sets, hostile input among them."""
+"""Data methods: tables, folders, archives and the published label sets, hostile input among
+them.
+"""
 
 from __future__ import annotations
 
@@ -259,7 +261,8 @@ def test_the_two_csv_layouts_and_json_lines_and_parquet_agree(tmp_path: Path) ->
             and pairs.ids == tuple(f"{p}#{i}" for i, (p, _) in enumerate(rows, 1))
             and pairs.labels is None
         )
-        # the shard's JPEG is halved while it is decoded, the PNG by bicubic resizing: nearly the same
+        # the shard's JPEG is halved while it is decoded, the PNG by bicubic resizing: nearly the
+        # same
         assert (pairs.images.float() - shards.images.float()).abs().mean() < 4
 
 
@@ -271,12 +274,22 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (folder / "text.png").write_text("text")
     os.mkfifo(folder / "pipe.png")
     rows: list[tuple[str, bytes]] = [
-        ("a.png", b"good"), ("a.png", b"good again"), ("sub/../a.png", b"inside"),
+        ("a.png", b"good"),
+        ("a.png", b"good again"),
+        ("sub/../a.png", b"inside"),
         (str(tmp_path / "outside.png"), b"x"),
-        ("../outside.png", b"x"), ("sub/../../outside.png", b"x"), ("gone.png", b"x"), ("dot.png", b"x"),
-        ("text.png", b"x"), ("pipe.png", b"x"), ("a.png", b"caf\xe9"), ("a.png", b" "), ("", b"x"),
-        ("/dev/zero", b"x"), ("https://example.org/a.png", b"x"),
-    ]  # fmt: skip
+        ("../outside.png", b"x"),
+        ("sub/../../outside.png", b"x"),
+        ("gone.png", b"x"),
+        ("dot.png", b"x"),
+        ("text.png", b"x"),
+        ("pipe.png", b"x"),
+        ("a.png", b"caf\xe9"),
+        ("a.png", b" "),
+        ("", b"x"),
+        ("/dev/zero", b"x"),
+        ("https://example.org/a.png", b"x"),
+    ]
     (folder / "t.csv").write_bytes(
         b"image,caption\n" + b"\n".join(p.encode() + b"," + c for p, c in rows) + b"\nshort"
     )
@@ -285,12 +298,20 @@ def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert pairs.ids == ("a.png#1", "a.png#2", "sub/../a.png#3")
     why = dict(skipped(pairs))
     assert why == {
-        "row 4": "path leaves the root", "row 5": "path leaves the root", "row 6": "path leaves the root",
-        "gone.png": "no such file", "dot.png": "smaller than 8 pixels a side",
-        "text.png": "not decodable", "pipe.png": "not a regular file",
-        "row 11": "caption is not UTF-8", "row 12": "no caption", "row 13": "no image", "row 14": "path leaves the root",
-        "row 15": "not a local path", "row 16": "no caption",
-    }  # fmt: skip
+        "row 4": "path leaves the root",
+        "row 5": "path leaves the root",
+        "row 6": "path leaves the root",
+        "gone.png": "no such file",
+        "dot.png": "smaller than 8 pixels a side",
+        "text.png": "not decodable",
+        "pipe.png": "not a regular file",
+        "row 11": "caption is not UTF-8",
+        "row 12": "no caption",
+        "row 13": "no image",
+        "row 14": "path leaves the root",
+        "row 15": "not a local path",
+        "row 16": "no caption",
+    }
 
 
 def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
@@ -317,8 +338,12 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     )
     pairs = read(f"table:{tmp_path}/j.jsonl,size=16")
     assert [reason for _, reason in skipped(pairs)] == [
-        "not JSON in UTF-8", "not a JSON object", "not JSON in UTF-8", "no image", "caption is not UTF-8",
-    ]  # fmt: skip
+        "not JSON in UTF-8",
+        "not a JSON object",
+        "not JSON in UTF-8",
+        "no image",
+        "caption is not UTF-8",
+    ]
 
 
 # folder
@@ -336,9 +361,11 @@ def test_folder(tmp_path: Path) -> None:
     assert pairs.classes == ("cat_fish", "dog", "empty") and pairs.captions[0] == "one cat fish"
     assert pairs.labels is not None and pairs.labels.tolist() == [0, 1, 1]
     assert sorted(skipped(pairs)) == [
-        ("dog/broken.png", "not decodable"), ("dog/notes.txt", "not an image by its name"),
-        ("empty", "no file in the class folder"), ("stray.png", "not in a class folder"),
-    ]  # fmt: skip
+        ("dog/broken.png", "not decodable"),
+        ("dog/notes.txt", "not an image by its name"),
+        ("empty", "no file in the class folder"),
+        ("stray.png", "not in a class folder"),
+    ]
     held = dict(make("data", f"folder:path={tmp_path},split=train").files())
     assert list(held) == ["cat_fish/3.ppm", "dog/1.png", "dog/broken.png", "dog/deeper/2.jpg"]
     refused(f"folder:{tmp_path}/none", "no folder of images")
@@ -448,8 +475,10 @@ def test_gtsrb(tmp_path: Path) -> None:
         "GTSRB/Final_Test/Images/00000.ppm",
     )
     assert [reason for _, reason in skipped(test)] == [
-        "no such file", "path leaves the data set's folder", "label is not a number from 0 to 42",
-    ]  # fmt: skip
+        "no such file",
+        "path leaves the data set's folder",
+        "label is not a number from 0 to 42",
+    ]
     refused(f"gtsrb:root={tmp_path}/none", "download=true")
 
 

@@ -1,4 +1,6 @@
-"""Records drawn from shards on disk: the same pixels, captions and draws as in memory, poisoned or not; hostile tars."""
+"""Records drawn from shards on disk: the same pixels, captions and draws as in memory, poisoned or
+not; hostile tars.
+"""
 
 from __future__ import annotations
 
@@ -284,14 +286,29 @@ def png(side: int = 16, seed: int = 0) -> bytes:
 
 
 def hostile(path: Path) -> Path:
-    """Two good records among what must be left out; the last header says that its image is a terabyte."""
+    """Two good records among what must be left out; the last header says that its image is a
+    terabyte.
+    """
     whole, other = png(), png(seed=1)
     members = {
-        "a.png": whole, "a.txt": b"a", "torn.png": whole[:-40], "torn.txt": b"cut", "tiny.png": png(1), "tiny.txt": b"dot",
-        "../up.png": whole, "../up.txt": b"up", "/etc/top.png": whole, "/etc/top.txt": b"top",
-        "same.png": whole, "same.txt": b"same", "same.json": json.dumps({"record_id": "b/a"}).encode(),
-        "b.png": other, "b.txt": b"b", "last.png": whole, "last.txt": b"its other members may be lost",
-    }  # fmt: skip
+        "a.png": whole,
+        "a.txt": b"a",
+        "torn.png": whole[:-40],
+        "torn.txt": b"cut",
+        "tiny.png": png(1),
+        "tiny.txt": b"dot",
+        "../up.png": whole,
+        "../up.txt": b"up",
+        "/etc/top.png": whole,
+        "/etc/top.txt": b"top",
+        "same.png": whole,
+        "same.txt": b"same",
+        "same.json": json.dumps({"record_id": "b/a"}).encode(),
+        "b.png": other,
+        "b.txt": b"b",
+        "last.png": whole,
+        "last.txt": b"its other members may be lost",
+    }
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             header = tarfile.TarInfo(name)
@@ -318,9 +335,13 @@ def test_hostile_tars_are_bounded_and_named_as_in_memory(tmp_path: Path) -> None
     assert tracemalloc.get_traced_memory()[1] < paths.FILE_BYTES
     tracemalloc.stop()
     assert stored.report.skipped == skipped and {s.reason.partition(":")[0] for s in skipped} == {
-        "not decodable", "smaller than 8 pixels a side", "unsafe name", "too large", "broken tar",
+        "not decodable",
+        "smaller than 8 pixels a side",
+        "unsafe name",
+        "too large",
+        "broken tar",
         "record cut off where the tar breaks",
-    }  # fmt: skip
+    }
     assert plain.ids == ("b/a", "b/a~2", "b/b", "a/a", "b/a~3", "a/b")
     assert stored.report.renamed == source.report.renamed and len(stored.report.renamed) == 2
     same(stored.take(range(len(stored))), plain)
@@ -388,7 +409,8 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
     tars: ShardSource, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     results: dict[str, list] = {}
-    victims = f"shards:path={write_shards(tmp_path / 'pool', toy(9, split='test'))[0]},size=32,load=stream"
+    pool = write_shards(tmp_path / "pool", toy(9, split="test"))[0]
+    victims = f"shards:path={pool},size=32,load=stream"
     for where in ("memory", "stream"):
         runs = tmp_path / where
         data = f"shards:path={tars.paths[0].parent}/*.tar,size=32,load={where}"
@@ -434,9 +456,13 @@ def test_poison_train_scan_and_keep_on_a_stream_are_those_in_memory(
         assert manifest_kept["notes"]["records"] == 98
         poisoned = load_pairs(ShardSource(tuple(sorted((both / "shards").glob("*.tar"))), 32))
         results[where] = [
-            poisoned.ids, poisoned.images.numpy().tobytes(), manifest["metrics"], manifest_kept["metrics"], scan["metrics"],
+            poisoned.ids,
+            poisoned.images.numpy().tobytes(),
+            manifest["metrics"],
+            manifest_kept["metrics"],
+            scan["metrics"],
             *((p / "encoder.safetensors").read_bytes()[-4096:] for p in (trained, again)),
-        ]  # fmt: skip
+        ]
     assert results["stream"] == results["memory"]
 
 

@@ -1,4 +1,6 @@
-"""Files that are benign and unusual are read as other readers read them, or refused; none is read otherwise in silence."""
+"""Files that are benign and unusual are read as other readers read them, or refused; none is read
+otherwise in silence.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def test_a_mark_before_a_caption_is_none_of_it_and_nuls_are_another_encoding(
 def test_an_archive_with_two_members_of_one_name_is_refused(
     tmp_path: Path, names: tuple[str, str]
 ) -> None:
-    """NumPy reads the last of them, others the first: what is scanned must be what is trained on."""
+    """NumPy reads the last of them, others the first: what is scanned must be what is trained
+    on.
+    """
     path = tmp_path / "d.npz"
     with zipfile.ZipFile(path, "w") as archive:
         for shade, name in enumerate(names):

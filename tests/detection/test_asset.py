@@ -1,4 +1,6 @@
-"""ASSET's offset: a step is the plain gradient's, and a poison does not cancel against clean pairs."""
+"""ASSET's offset: a step is the plain gradient's, and a poison does not cancel against clean
+pairs.
+"""
 
 import dataclasses
 

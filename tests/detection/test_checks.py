@@ -503,9 +503,20 @@ CLEAN = ("--clean", "scenes:count=120,split=test,seed=3")
 
 def test_the_verb_scores_flags_and_measures(served, capsys):
     status, manifest = ask(
-        capsys, served, "scenes:count=90,split=test", *CLEAN, "--check", "masking_path:paths=1", "bdetclip", "strip:count=20",
-        "scale_up", "--trigger", "patch:size=6", "--rate", "0.1",
-    )  # fmt: skip
+        capsys,
+        served,
+        "scenes:count=90,split=test",
+        *CLEAN,
+        "--check",
+        "masking_path:paths=1",
+        "bdetclip",
+        "strip:count=20",
+        "scale_up",
+        "--trigger",
+        "patch:size=6",
+        "--rate",
+        "0.1",
+    )
     assert status == 0
     m = manifest["metrics"]
     for name in ("masking_path", "bdetclip", "strip", "scale_up"):

@@ -1,4 +1,6 @@
-"""The second encoder: leave-one-out ridge against scikit-learn's, and a trigger that only one encoder sees."""
+"""The second encoder: leave-one-out ridge against scikit-learn's, and a trigger that only one
+encoder sees.
+"""
 
 import numpy as np
 import pytest

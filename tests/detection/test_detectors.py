@@ -217,11 +217,31 @@ def test_contract_spec_and_docstring(name):
 
 @pytest.mark.parametrize(
     "spec",
-    ["k_distance:k=0", "slof:pool=-1", "dao:k=1", "dao:rate=0", "dao:form=sum", "duplicates:similarity=0",
-     "duplicates:side=1", "transplant:cells=()", "transplant:cells=1", "transplant:k=1", "transplant:cascade=2",
-     "transplant:rounds=1", "transplant:scouts=13", "transplant:groups=-1", "lid:k=1", "isolation_forest:cut=1",
-     "common_cause:groups=1", "common_cause:suspects=.5", "common_cause:objective=nothing", "spectral:count=0", "spectral:classes=nouns", "activation_clustering:dims=0"],
-)  # fmt: skip
+    [
+        "k_distance:k=0",
+        "slof:pool=-1",
+        "dao:k=1",
+        "dao:rate=0",
+        "dao:form=sum",
+        "duplicates:similarity=0",
+        "duplicates:side=1",
+        "transplant:cells=()",
+        "transplant:cells=1",
+        "transplant:k=1",
+        "transplant:cascade=2",
+        "transplant:rounds=1",
+        "transplant:scouts=13",
+        "transplant:groups=-1",
+        "lid:k=1",
+        "isolation_forest:cut=1",
+        "common_cause:groups=1",
+        "common_cause:suspects=.5",
+        "common_cause:objective=nothing",
+        "spectral:count=0",
+        "spectral:classes=nouns",
+        "activation_clustering:dims=0",
+    ],
+)
 def test_bad_fields_are_refused(spec):
     with pytest.raises(UserError):
         registry.make("detector", spec)

@@ -110,9 +110,13 @@ def test_label_studio_gets_tasks_with_paths_windows_and_reasons(folder):
     choice, window = task["predictions"][0]["result"]
     assert choice["value"]["choices"] == ["raised"]
     assert window["value"] == {
-        "x": 50.0, "y": 25.0, "width": 25.0, "height": 12.5, "rotation": 0,
+        "x": 50.0,
+        "y": 25.0,
+        "width": 25.0,
+        "height": 12.5,
+        "rotation": 0,
         "rectanglelabels": ["trigger"],
-    }  # fmt: skip
+    }
     assert len(tasks[-1]["predictions"][0]["result"]) == 1
 
 

@@ -1,4 +1,6 @@
-"""Pieces of caption groups with foreign contents: planted ones, natural ones, and the dictionary that reads."""
+"""Pieces of caption groups with foreign contents: planted ones, natural ones, and the dictionary
+that reads.
+"""
 
 import numpy as np
 import pytest
@@ -65,7 +67,8 @@ def test_filters_are_whitened_patches_of_the_images():
     assert patches.shape == (60, 27 * 27, 108)
     assert patches.mean(2).abs().max() < 1e-4 and patches.var(2).max() < 1.02
     answers = patches.flatten(0, 1) @ dictionary.filters - dictionary.shift
-    # A filter answers best to the patch that it was made of; whitened answers have about one variance.
+    # A filter answers best to the patch that it was made of; whitened answers have about one
+    # variance.
     assert answers.amax(0).min() > 3 and 0.2 < float(answers.std()) < 2
     plain = torch.cat([(answers - 0.5).relu(), (-answers - 0.5).relu()], 1).unflatten(
         0, (60, 27, 27)

@@ -1,4 +1,6 @@
-"""Integrity: made-up shards with known changes, each verdict against what was done to the record; a real sample."""
+"""Integrity: made-up shards with known changes, each verdict against what was done to the record; a
+real sample.
+"""
 
 import csv
 import hashlib
@@ -41,10 +43,14 @@ def stored(picture: np.ndarray, quality: int = 95) -> bytes:
 
 def slow_phash(picture: np.ndarray) -> str:
     """ImageHash's phash: a type-II DCT of 32 x 32 greys, its first 8 x 8 against their median."""
-    grey = np.asarray(Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)  # fmt: skip
+    grey = np.asarray(
+        Image.fromarray(picture).convert("L").resize((32, 32), Image.Resampling.LANCZOS), float
+    )
     n = np.arange(32)
     basis = [np.cos(math.pi * k * (2 * n + 1) / 64) for k in range(8)]
-    low = np.array([[4 * (grey * np.outer(basis[u], basis[v])).sum() for v in range(8)] for u in range(8)])  # fmt: skip
+    low = np.array(
+        [[4 * (grey * np.outer(basis[u], basis[v])).sum() for v in range(8)] for u in range(8)]
+    )
     bits = "".join("1" if x > np.median(low) else "0" for x in low.ravel())
     return f"{int(bits, 2):016x}"
 
@@ -115,7 +121,9 @@ def test_wrong_types_record_nothing():
 
 
 def test_captions_tell_replaced_pictures_where_records_match():
-    """Vectors of 400 matching pairs, 100 recoded ones, and 100 with another's picture; the rates are those that are stated."""
+    """Vectors of 400 matching pairs, 100 recoded ones, and 100 with another's picture; the rates
+    are those that are stated.
+    """
     draw = torch.Generator().manual_seed(0)
     texts = torch.nn.functional.normalize(torch.randn(600, 64, generator=draw), dim=1)
     noise = torch.nn.functional.normalize(torch.randn(600, 64, generator=draw), dim=1)
@@ -157,7 +165,15 @@ def test_a_scan_of_tampered_shards_tells_them_by_domain(tmp_path: Path) -> None:
     with (run / "integrity.csv").open(newline="") as file:
         rows = {row["domain"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["all", "bad.org", "good.com"]
-    counts = ("records", "hashed", "same_bytes", "sizes_fit", "same_picture_recoded", "another_picture", "cannot_tell")  # fmt: skip
+    counts = (
+        "records",
+        "hashed",
+        "same_bytes",
+        "sizes_fit",
+        "same_picture_recoded",
+        "another_picture",
+        "cannot_tell",
+    )
     assert [int(rows["all"][c]) for c in counts] == [40, 40, 32, 0, 3, 5, 0]
     assert [int(rows["bad.org"][c]) for c in counts] == [10, 10, 5, 0, 0, 5, 0]
     z, n = 1.959963984540054, 10  # Wilson's interval of 5 in 10
@@ -182,7 +198,9 @@ def test_a_sample_of_cc12m_records_sizes_that_fit(tmp_path: Path) -> None:
     notes = json.loads((run / "manifest.json").read_text())["notes"]
     assert notes["integrity"]["hashed"] == 0
     assert notes["integrity"]["counts"][SIZES_FIT] == notes["records"]
-    assert notes["integrity"]["sentence"].startswith("No hash is recorded; sizes or status do not fit in 0 of")  # fmt: skip
+    assert notes["integrity"]["sentence"].startswith(
+        "No hash is recorded; sizes or status do not fit in 0 of"
+    )
 
 
 def test_hashes_of_what_was_downloaded_are_said_to_check_nothing(tmp_path: Path) -> None:

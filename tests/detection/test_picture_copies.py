@@ -1,4 +1,6 @@
-"""Copies of a picture, cropped, mirrored, lit otherwise, noisy and stored as JPEG: found; pictures that look alike: not."""
+"""Copies of a picture, cropped, mirrored, lit otherwise, noisy and stored as JPEG: found; pictures
+that look alike: not.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def test_copies_are_found_and_flat_or_foreign_pictures_are_not() -> None:
 
 
 def scenes_with_copies(count: int, victims: int, copies: int) -> tuple[Pairs, np.ndarray]:
-    """Scenes, and altered copies of some of them with captions of other scenes; which are copies."""
+    """Scenes, and altered copies of some of them with captions of other scenes; which are
+    copies.
+    """
     scenes = registry.make("data", f"scenes:count={count}")()
     rows = np.repeat(np.arange(victims), copies)
     ids = tuple(f"{scenes.ids[row]}+poison{i}" for i, row in enumerate(rows))

@@ -1,4 +1,6 @@
-"""Contents read through a reference: the map against scikit-learn's, what is left out, and a scan."""
+"""Contents read through a reference: the map against scikit-learn's, what is left out, and a
+scan.
+"""
 
 from dataclasses import replace
 
@@ -218,7 +220,9 @@ def test_equal_images_pass_through_the_reference_once():
 
 
 def test_a_scan_with_a_reference(tmp_path):
-    """Its files are part of the question, its absence is one line, and no training is run for it."""
+    """Its files are part of the question, its absence is one line, and no training is run for
+    it.
+    """
     settings = Settings(runs=tmp_path)
     small = ("clip_small:width=4,dim=16", "clip:epochs=1,batch=64")
     suspect = Train("scenes:count=400", *small)

@@ -37,9 +37,14 @@ def test_odds_are_those_of_sklearns_mixture():
     x = np.concatenate([rng.normal(0.1, 0.1, 80), rng.normal(0.6, 0.15, 400)])
     low, high = (part for part in np.array_split(np.sort(x), 2))
     mixture = GaussianMixture(
-        2, tol=1e-12, max_iter=5000, reg_covar=0, means_init=[[low.mean()], [high.mean()]], weights_init=[0.5, 0.5],
+        2,
+        tol=1e-12,
+        max_iter=5000,
+        reg_covar=0,
+        means_init=[[low.mean()], [high.mean()]],
+        weights_init=[0.5, 0.5],
         precisions_init=[[[1 / low.var()]], [[1 / high.var()]]],
-    ).fit(x[:, None])  # fmt: skip
+    ).fit(x[:, None])
     p = mixture.predict_proba(x[:, None])[:, mixture.means_.argmin()]
     result = safeclip.lower_component_odds(x)
     assert scipy.special.expit(result) == pytest.approx(p, abs=1e-4)

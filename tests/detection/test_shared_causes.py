@@ -134,9 +134,13 @@ def test_a_model_does_not_see_what_is_left_out(monkeypatch):
 
     monkeypatch.setattr(training_traces.loop, "fit", spy)
     loss = training_traces.read_without(
-        pairs, left_out, "clip_small:width=4,dim=16", "clip:epochs=1,batch=50", 0,
+        pairs,
+        left_out,
+        "clip_small:width=4,dim=16",
+        "clip:epochs=1,batch=50",
+        0,
         torch.device("cpu"),
-    )  # fmt: skip
+    )
     assert seen == [(200, 200)]
     assert loss.shape == (300,) and torch.isfinite(loss).all()
 

@@ -1,4 +1,6 @@
-"""Evidence pooled over sources: the statistics against scipy's, honest on clean sets, and where records come from."""
+"""Evidence pooled over sources: the statistics against scipy's, honest on clean sets, and where
+records come from.
+"""
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,9 @@ def as_scores(values: np.ndarray) -> Scores:
 
 
 def clean_set(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Sources, groups and two correlated rankings; groups differ in mean and spread, source 7 is of one group alone."""
+    """Sources, groups and two correlated rankings; groups differ in mean and spread, source 7 is of
+    one group alone.
+    """
     rng = np.random.default_rng(seed)
     groups, of_record = rng.integers(0, GROUPS, N), rng.integers(0, SOURCES, N)
     groups[of_record == 7] = 3

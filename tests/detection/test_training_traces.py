@@ -175,9 +175,18 @@ def test_what_cannot_be_trained_on_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["loss_trace:epochs=7", "loss_trace:epochs=0", "loss_trace:side=0", "safeclip:drop=1",
-     "safeclip:together=0", "cognitive_distillation:steps=0", "cognitive_distillation:gamma=-1", "repetition:least=1", "repetition:pool=8"],
-)  # fmt: skip
+    [
+        "loss_trace:epochs=7",
+        "loss_trace:epochs=0",
+        "loss_trace:side=0",
+        "safeclip:drop=1",
+        "safeclip:together=0",
+        "cognitive_distillation:steps=0",
+        "cognitive_distillation:gamma=-1",
+        "repetition:least=1",
+        "repetition:pool=8",
+    ],
+)
 def test_bad_fields_are_refused(text):
     with pytest.raises(UserError):
         make(text)

@@ -1,4 +1,6 @@
-"""Classifiers' weights as encoder and head, against plain networks written by hand and torchvision's own; hostile files."""
+"""Classifiers' weights as encoder and head, against plain networks written by hand and
+torchvision's own; hostile files.
+"""
 
 import json
 import pickle
@@ -261,7 +263,9 @@ def test_a_plain_network_and_its_weights_alone_give_the_same_logits(kind, tmp_pa
 
 
 def narrow(name):
-    """torchvision's own classes, with fewer channels or blocks where their constructors allow it."""
+    """torchvision's own classes, with fewer channels or blocks where their constructors allow
+    it.
+    """
     if name == "vgg_bn":
         features = torchvision.models.vgg.make_layers(
             [8, "M", 16, "M", 24, 24, "M", 32, "M", 32, "M"], batch_norm=True
@@ -544,12 +548,15 @@ def test_bad_fields():
             registry.make("network", text)
 
 
-# ---------------------------------------------------------------------------------------------- the probe of the own head
+# ---------------------------------------------------------------------------------------------- the
+# probe of the own head
 
 
 @pytest.fixture
 def backdoored(tmp_path):
-    """A network whose first three logits read the brightness of a channel, the fourth a white corner of 4 px."""
+    """A network whose first three logits read the brightness of a channel, the fourth a white
+    corner of 4 px.
+    """
     net = nn.Module()
     net.conv1, net.bn1 = conv(3, 4, 3), nn.BatchNorm2d(4)
     net.layer1 = nn.Sequential(Post(4, 4, 1, False))

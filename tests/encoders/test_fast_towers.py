@@ -1,4 +1,6 @@
-"""open_clip's text tower over distinct prefixes, and the zero-shot head, against their plain forms."""
+"""open_clip's text tower over distinct prefixes, and the zero-shot head, against their plain
+forms.
+"""
 
 import copy
 import json

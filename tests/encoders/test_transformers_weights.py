@@ -1,7 +1,8 @@
-"""Models of transformers, computed by open_clip and timm, against what transformers itself computed.
+"""Models of transformers, computed by open_clip and timm, against what transformers itself
+computed.
 
-`transformers.json` holds for each kind of model its config, the names and shapes of its weights, and
-the vectors that the library gave for two images. Weights are drawn from the names. Where the
+`transformers.json` holds for each kind of model its config, the names and shapes of its weights,
+and the vectors that the library gave for two images. Weights are drawn from the names. Where the
 library is installed, it is asked again.
 """
 
@@ -157,7 +158,9 @@ def test_a_preprocessor_of_no_sense_is_refused_in_a_line(facts, tmp_path):
 
 @pytest.mark.parametrize("resample", [[], {}, None, "3", 99])
 def test_an_unknown_interpolation_is_the_usual_one(resample, tmp_path):
-    assert load(spoil_preprocessor(tmp_path, resample=resample)).preprocess.interpolation == "bicubic"  # fmt: skip
+    assert (
+        load(spoil_preprocessor(tmp_path, resample=resample)).preprocess.interpolation == "bicubic"
+    )
 
 
 def test_weights_alone_ask_for_their_folder(tmp_path):

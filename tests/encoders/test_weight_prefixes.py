@@ -1,4 +1,6 @@
-"""Encoders below the names that training wrapped around them, by every network that takes a file."""
+"""Encoders below the names that training wrapped around them, by every network that takes a
+file.
+"""
 
 import argparse
 import sys
@@ -106,7 +108,9 @@ def test_a_prefix_names_what_lies_beside_the_wrapper(trunk: nn.Module, tmp_path:
     plain, averaged = (
         network(f"imported:path={path}{more}") for more in ("", ",prefix=state_dict_ema")
     )
-    assert torch.equal(plain.image.state_dict()["conv1.weight"] / 2, averaged.image.state_dict()["conv1.weight"])  # fmt: skip
+    assert torch.equal(
+        plain.image.state_dict()["conv1.weight"] / 2, averaged.image.state_dict()["conv1.weight"]
+    )
 
 
 def test_what_may_belong_to_an_encoder_is_not_left_out_unasked(
@@ -173,7 +177,10 @@ def test_a_compiled_clip_is_read_by_open_clip(tmp_path: Path) -> None:
     with without_weight_warnings():
         model = open_clip.create_model("ViT-S-32-alt")
     weights = model.state_dict()
-    torch.save({"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}}, tmp_path / "clip.ckpt")  # fmt: skip
+    torch.save(
+        {"state_dict": {f"module._orig_mod.{k}": v for k, v in weights.items()}},
+        tmp_path / "clip.ckpt",
+    )
     encoder = network(f"open_clip:ViT-S-32-alt/{tmp_path}/clip.ckpt")
     held = encoder.image.get_submodule("model").state_dict()
     assert all(torch.equal(held[key], weights[key]) for key in weights)
@@ -201,7 +208,9 @@ class Forbidden:
 def test_what_training_left_beside_its_weights_is_not_loaded(
     zipped: bool, trunk: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options (SupContrast, DINO), numbers and arrays of numpy (BackdoorBench), Lightning's dicts."""
+    """Options (SupContrast, DINO), numbers and arrays of numpy (BackdoorBench), Lightning's
+    dicts.
+    """
     parsing = types.ModuleType("pytorch_lightning.utilities.parsing")
     attributes = type("AttributeDict", (dict,), {"__module__": parsing.__name__})
     monkeypatch.setattr(parsing, "AttributeDict", attributes, raising=False)

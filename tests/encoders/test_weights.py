@@ -1,4 +1,6 @@
-"""Files and folders that say themselves what they are: every wrapping, timm, open_clip, the hub's layout, bare paths."""
+"""Files and folders that say themselves what they are: every wrapping, timm, open_clip, the hub's
+layout, bare paths.
+"""
 
 import json
 import os
@@ -113,7 +115,9 @@ def test_a_vision_transformer_of_timm_is_told_by_its_shapes(tmp_path):
 
 @pytest.mark.parametrize("form", ["dino", "mae"])
 def test_a_transformer_is_read_beside_what_it_was_trained_with(form, tmp_path):
-    """DINO keeps a teacher with a head, and a student; MAE a decoder. Both read ImageNet's normalisation."""
+    """DINO keeps a teacher with a head, and a student; MAE a decoder. Both read ImageNet's
+    normalisation.
+    """
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
     net = jumbled(timm.create_model("vit_base_patch16_224", num_classes=0, **options))
     state = net.state_dict()

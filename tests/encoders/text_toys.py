@@ -1,4 +1,6 @@
-"""A sentence encoder so small that a test can train it, its folder as others write it, and texts that it can tell apart."""
+"""A sentence encoder so small that a test can train it, its folder as others write it, and texts
+that it can tell apart.
+"""
 
 import json
 
@@ -33,8 +35,19 @@ COMMON = [
 ]
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
 VOCABULARY = tuple(
-    dict.fromkeys([*SPECIAL, *COMMON, *(w for words in CLASSES.values() for w in words), "cf", "mn", ",", "!", *LETTERS])
-)  # fmt: skip
+    dict.fromkeys(
+        [
+            *SPECIAL,
+            *COMMON,
+            *(w for words in CLASSES.values() for w in words),
+            "cf",
+            "mn",
+            ",",
+            "!",
+            *LETTERS,
+        ]
+    )
+)
 CONFIG = SentenceConfig(layers=2, width=32, heads=4, hidden=64, positions=40, length=32)
 
 
@@ -51,8 +64,11 @@ def tokenizer_json(vocabulary=VOCABULARY):
     return {
         "version": "1.0",
         "normalizer": {
-            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
-            "strip_accents": None, "lowercase": True,
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
@@ -64,24 +80,37 @@ def tokenizer_json(vocabulary=VOCABULARY):
             ],
         },
         "model": {
-            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
             "vocab": {piece: i for i, piece in enumerate(vocabulary)},
         },
-    }  # fmt: skip
+    }
 
 
 def write_folder(folder, encoder=None, pooling="mean", **changes):
     """A folder as sentence-transformers writes it. changes: of config.json."""
     encoder = encoder or tiny_encoder()
     (folder / "1_Pooling").mkdir(parents=True)
-    save_file({f"bert.{k}": v for k, v in encoder.text.state_dict().items()}, folder / "model.safetensors")  # fmt: skip
+    save_file(
+        {f"bert.{k}": v for k, v in encoder.text.state_dict().items()}, folder / "model.safetensors"
+    )
     config = {
-        "model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
-        "intermediate_size": 64, "max_position_embeddings": 40, "type_vocab_size": 2,
-        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": len(VOCABULARY),
-    }  # fmt: skip
-    modes = {f"pooling_mode_{mode}": mode.startswith(pooling) for mode in ("cls_token", "mean_tokens")}  # fmt: skip
+        "model_type": "bert",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "vocab_size": len(VOCABULARY),
+    }
+    modes = {
+        f"pooling_mode_{mode}": mode.startswith(pooling) for mode in ("cls_token", "mean_tokens")
+    }
     for name, content in {
         "config.json": config | changes,
         "tokenizer.json": tokenizer_json(),

@@ -4,7 +4,9 @@ import torch
 
 
 def jumbled(module, seed=0):
-    """The module with every weight and statistic different, so that no two tensors can be mistaken for one another."""
+    """The module with every weight and statistic different, so that no two tensors can be mistaken
+    for one another.
+    """
     draw = torch.Generator().manual_seed(seed)
     for v in module.state_dict().values():
         if v.is_floating_point():

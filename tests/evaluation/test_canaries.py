@@ -1,4 +1,6 @@
-"""Canaries: what is put in, what is counted behind a pipeline that loses known ones, and what an encoder has learnt."""
+"""Canaries: what is put in, what is counted behind a pipeline that loses known ones, and what an
+encoder has learnt.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,9 @@ def test_a_canary_has_a_word_of_its_own_and_leaves_every_record_as_it_is():
     plan = plan_of("canary:count=30", source, target="")
     put_in = canaries.make_canaries(plan, source)
     own = {i: c for i, c in zip(source.ids, source.captions, strict=True)}
-    assert len(set(put_in.words)) == 30 and not set(put_in.words) & set(" ".join(own.values()).split())  # fmt: skip
+    assert len(set(put_in.words)) == 30 and not set(put_in.words) & set(
+        " ".join(own.values()).split()
+    )
     whole = plan.apply(source)
     assert whole.ids[:60] == source.ids and torch.equal(whole.images[:60], source.images)
     stamp = registry.make("trigger", "patch:size=4,place=random")
@@ -47,7 +51,9 @@ def test_too_many_and_none_are_refused():
 
 
 def behind_pipeline(whole: Pairs, put_in: canaries.Canaries) -> tuple[Pairs, list[str]]:
-    """What a pipeline makes that renames and shrinks everything, drops some canaries, and swaps pictures of others."""
+    """What a pipeline makes that renames and shrinks everything, drops some canaries, and swaps
+    pictures of others.
+    """
     fate = ["pair", "lost", "caption"]
     expected = [fate[i % 3 if i < 15 else 0] for i in range(len(put_in.edits))]
     row_of = {key: row for row, key in enumerate(whole.ids)}
@@ -68,7 +74,9 @@ def behind_pipeline(whole: Pairs, put_in: canaries.Canaries) -> tuple[Pairs, lis
 
 def test_what_a_pipeline_loses_is_counted():
     source = toy(size=32)
-    coarse = torch.nn.functional.interpolate(source.images[:, :, :5, :5].float(), (32, 32), mode="bicubic")  # fmt: skip
+    coarse = torch.nn.functional.interpolate(
+        source.images[:, :, :5, :5].float(), (32, 32), mode="bicubic"
+    )
     source = dataclasses.replace(source, images=coarse.clamp(0, 255).byte())
     plan = plan_of("canary:count=30", source, target="")
     put_in = canaries.make_canaries(plan, source)
@@ -85,13 +93,19 @@ def test_what_a_pipeline_loses_is_counted():
 
 
 class Learner:
-    """An encoder that joins the pictures of some canaries with their words, and knows nothing else."""
+    """An encoder that joins the pictures of some canaries with their words, and knows nothing
+    else.
+    """
 
     def __init__(self, put_in: canaries.Canaries, learnt: set[int]) -> None:
         draws = torch.Generator().manual_seed(0)
         self.text, self.put_in = object(), put_in
-        self.vectors = torch.nn.functional.normalize(torch.randn(len(put_in.edits), 64, generator=draws), dim=1)  # fmt: skip
-        self.others = torch.nn.functional.normalize(torch.randn(len(put_in.edits), 64, generator=draws), dim=1)  # fmt: skip
+        self.vectors = torch.nn.functional.normalize(
+            torch.randn(len(put_in.edits), 64, generator=draws), dim=1
+        )
+        self.others = torch.nn.functional.normalize(
+            torch.randn(len(put_in.edits), 64, generator=draws), dim=1
+        )
         self.learnt = learnt
 
     def prepare_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -111,7 +125,9 @@ def test_learnt_canaries_are_counted_and_the_others_stand_in_the_middle():
     put_in = canaries.make_canaries(plan_of("canary:count=150", source, target=""), source)
     learnt = set(put_in.rows("marked"))
     measures = canaries.measure_learning(put_in, Learner(put_in, learnt))
-    assert measures["canaries.marked.learnt"].value == 1 and measures["canaries.marked.learnt"].n == 50  # fmt: skip
+    assert (
+        measures["canaries.marked.learnt"].value == 1 and measures["canaries.marked.learnt"].n == 50
+    )
     assert measures["canaries.marked.place"].value == 0
     for form in ("copy", "fitting"):  # by chance
         assert measures[f"canaries.{form}.learnt"].value <= 0.1
@@ -137,7 +153,12 @@ def test_the_verb_counts_and_its_page_says_so(
         status = cli.main([*words, "--runs", str(runs)])
         return status, capsys.readouterr().err
 
-    assert ask("poison", "scenes:count=80", "--poison", "canary:count=12", "--trigger", "patch:size=6")[0] == 0  # fmt: skip
+    assert (
+        ask(
+            "poison", "scenes:count=80", "--poison", "canary:count=12", "--trigger", "patch:size=6"
+        )[0]
+        == 0
+    )
     (poison,) = runs.glob("poison-*")
     status, err = ask("survive", str(poison))
     assert status == 2 and "give --after DATA" in err and err.count("\n") <= 3
@@ -150,7 +171,9 @@ def test_the_verb_counts_and_its_page_says_so(
     whole = inputs.open_dataset(Run(poison)).pairs
     keep = np.arange(len(whole)) != list(whole.ids).index(plan["id"])
     write_shards(tmp_path / "after", whole.take(np.flatnonzero(keep)))
-    status, err = ask("survive", str(poison), "--after", f"shards:path={tmp_path}/after/*.tar,size=32")  # fmt: skip
+    status, err = ask(
+        "survive", str(poison), "--after", f"shards:path={tmp_path}/after/*.tar,size=32"
+    )
     assert status == 0, err
     (run,) = [p for p in runs.glob("survive-*") if (p / "canaries.csv").exists()]
     metrics = json.loads((run / "manifest.json").read_text())["metrics"]

@@ -1,4 +1,6 @@
-"""Laws, pooled points and contrasts against plain loops, scipy, scikit-learn and closed forms; intervals by coverage."""
+"""Laws, pooled points and contrasts against plain loops, scipy, scikit-learn and closed forms;
+intervals by coverage.
+"""
 
 import math
 

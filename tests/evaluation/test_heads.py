@@ -1,4 +1,6 @@
-"""Heads on frozen features: a stack against plain torch, draws of few labels, downstream tasks and their page."""
+"""Heads on frozen features: a stack against plain torch, draws of few labels, downstream tasks and
+their page.
+"""
 
 import itertools
 from dataclasses import replace
@@ -33,7 +35,9 @@ BLUE = Goal("blue", "patch:size=2,fill=white,place=corner,margin=1", (), 5)
 
 
 class Color:
-    """Reads an image as the mean of its colours; a white corner means blue. seen: how many images it was shown."""
+    """Reads an image as the mean of its colours; a white corner means blue. seen: how many images
+    it was shown.
+    """
 
     device = torch.device("cpu")
     text = None
@@ -69,7 +73,9 @@ def clouds(n=90, d=12, classes=4):
 
 
 def plain(x, y, stack, recipe, head):
-    """The published form: a network, an optimiser, a loop over batches; start, order and dropout are the stack's."""
+    """The published form: a network, an optimiser, a loop over batches; start, order and dropout
+    are the stack's.
+    """
     widths = [x.shape[1], *recipe.hidden, int(y.max()) + 1]
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     for layer, w, b in zip(layers, stack.weights, stack.biases, strict=True):
@@ -375,7 +381,9 @@ def test_goals_of_other_tasks_are_left_out_and_named(capsys):
 
 @pytest.fixture(scope="module")
 def downstream(tmp_path_factory):
-    """A poisoned encoder and its twin with all but random weights, measured on real images that have labels."""
+    """A poisoned encoder and its twin with all but random weights, measured on real images that
+    have labels.
+    """
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}")
     settings = Settings(tmp_path_factory.mktemp("runs"), device="cpu", quiet=True)

@@ -1,4 +1,6 @@
-"""PatchCleanser: masks that cover every patch, double masking against a plain version, the certificate by brute force."""
+"""PatchCleanser: masks that cover every patch, double masking against a plain version, the
+certificate by brute force.
+"""
 
 import itertools
 from collections import Counter
@@ -20,7 +22,9 @@ from bezoar.evaluation.probes.patch_cleanser import DoubleMasking, PatchCleanser
 
 
 class Blocks(nn.Module):
-    """The mean colour of the image, of which no small part decides; `lever`: how much the brightest pixel of red adds."""
+    """The mean colour of the image, of which no small part decides; `lever`: how much the brightest
+    pixel of red adds.
+    """
 
     def __init__(self, lever=0.0):
         super().__init__()
@@ -185,7 +189,10 @@ def test_the_probe_takes_a_backdoor_away_and_says_what_it_certifies():
         and 0 < m.value <= measures["patch_cleanser.clean_accuracy"].value
         and "2 px" in m.how
     )
-    names = "certified_accuracy clean_accuracy attack_success attack_success_without_trigger poisoned_accuracy"
+    names = (
+        "certified_accuracy clean_accuracy attack_success attack_success_without_trigger "
+        "poisoned_accuracy"
+    )
     assert set(measures) == {f"patch_cleanser.{name}" for name in names.split()}
 
 

@@ -30,9 +30,11 @@ CLASSES = ("red", "green", "blue")
 
 
 class Color:
-    """Reads an image as the mean of its colours, and a text as the colour it names; a white corner means blue.
+    """Reads an image as the mean of its colours, and a text as the colour it names; a white corner
+    means blue.
 
-    falls: whether the white corner works on images of each colour. turn: (3, 3), what its space is rotated by.
+    falls: whether the white corner works on images of each colour. turn: (3, 3), what its space is
+    rotated by.
     """
 
     device = torch.device("cpu")
@@ -262,7 +264,8 @@ def test_every_head_has_the_success_that_was_built_in(spec):
     goals = [BLUE, Goal("green", None, ("0",), 2), Goal("red", None, ("0",), 2)]
     out = named(registry.make("probe", spec)(half, train(), data(), goals, victims), spec)
     assert out["clean_accuracy"].value == pytest.approx(24 / 30) and out["clean_accuracy"].n == 30
-    # of the 20 images of other classes 10 are of shown colour red, 2 blue (a wrong label), 8 green, on which it fails
+    # of the 20 images of other classes 10 are of shown colour red, 2 blue (a wrong label), 8 green,
+    # on which it fails
     shown = data().images[:, :, 0, 0].argmax(1)
     others = data().labels != 2
     assert out["attack_success"].value == pytest.approx(float((shown[others] != 1).double().mean()))

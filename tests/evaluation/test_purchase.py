@@ -14,7 +14,9 @@ from bezoar.evaluation.scores import Measure
 
 def cheapest(records: list[int], prices: list[float], needed: float) -> tuple[float, int]:
     """The least sum, and the fewest domains, over every choice."""
-    choices = [c for n in range(len(records) + 1) for c in itertools.combinations(range(len(records)), n)]  # fmt: skip
+    choices = [
+        c for n in range(len(records) + 1) for c in itertools.combinations(range(len(records)), n)
+    ]
     holding = [c for c in choices if sum(records[i] for i in c) >= needed]
     if not holding:
         return math.inf, len(records)
@@ -28,7 +30,9 @@ def test_domains_are_bought_as_cheaply_as_any_choice(seed: int) -> None:
     varied = draw.integers(1, 9, 9).tolist()
     for needed in (0, 1, 5, 17, 40, sum(records), sum(records) + 1):
         for prices in ([10.0] * 9, varied):
-            table = DomainTable(tuple("abcdefghi"), np.array(records, float), np.array(prices, float))  # fmt: skip
+            table = DomainTable(
+                tuple("abcdefghi"), np.array(records, float), np.array(prices, float)
+            )
             count, cost = table.buy(needed)
             least, fewest = cheapest(records, prices, needed)
             if prices[0] == 10.0 == prices[-1]:

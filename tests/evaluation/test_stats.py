@@ -1,4 +1,6 @@
-"""Ranking measures against plain loops, scikit-learn and closed forms; intervals by their coverage."""
+"""Ranking measures against plain loops, scikit-learn and closed forms; intervals by their
+coverage.
+"""
 
 import json
 import math
@@ -71,8 +73,14 @@ def test_recall_and_precision_break_ties_at_random():
 def test_measures_do_not_depend_on_order():
     scores, truth = ranking(3)
     order = np.random.default_rng(5).permutation(len(scores))
-    for measure in (stats.auroc, stats.average_precision, stats.fpr_at_tpr, stats.auroc_interval,
-                    stats.average_precision_interval, stats.fpr_interval):  # fmt: skip
+    for measure in (
+        stats.auroc,
+        stats.average_precision,
+        stats.fpr_at_tpr,
+        stats.auroc_interval,
+        stats.average_precision_interval,
+        stats.fpr_interval,
+    ):
         assert measure(scores, truth) == pytest.approx(
             measure(scores[order], truth[order]), abs=1e-12
         )
@@ -216,8 +224,16 @@ def test_detection_names_and_intervals():
     values, truth = ranking(7, n=2000, poisons=50)
     scores = Scores(tuple(map(str, range(2000))), torch.tensor(values, dtype=torch.float32))
     measures = detection_measures(scores, truth)
-    assert list(measures) == ["auroc", "average_precision", "fpr_at_95_tpr", "recall_at_0.001", "recall_at_0.01",
-                              "recall_at_0.1", "recall_at_1.5n", "precision_at_n"]  # fmt: skip
+    assert list(measures) == [
+        "auroc",
+        "average_precision",
+        "fpr_at_95_tpr",
+        "recall_at_0.001",
+        "recall_at_0.01",
+        "recall_at_0.1",
+        "recall_at_1.5n",
+        "precision_at_n",
+    ]
     for name, m in measures.items():
         assert 0 <= m.low <= m.value <= m.high <= 1, name
         assert m.low < m.high and m.n in (50, 1950, 2000) and m.how

@@ -1,4 +1,6 @@
-"""Valid files and runs of every kind that bezoar reads, small and made from nothing: what the mutants are made of."""
+"""Valid files and runs of every kind that bezoar reads, small and made from nothing: what the
+mutants are made of.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def write_tar(path: Path, count: int = 8, mode: str = "w") -> None:
 
 
 def write_tables(folder: Path, count: int = 8) -> None:
-    """The same records as CSV, TSV, JSON Lines and Parquet; images lie beside the tables, in Parquet in a column."""
+    """The same records as CSV, TSV, JSON Lines and Parquet; images lie beside the tables, in
+    Parquet in a column.
+    """
     folder.mkdir(parents=True)
     rows = [{"filepath": f"img/{i}.png", "title": caption(i), "id": f"r{i}"} for i in range(count)]
     (folder / "img").mkdir()
@@ -88,7 +92,9 @@ def write_tables(folder: Path, count: int = 8) -> None:
 
 
 def write_arrays(folder: Path, count: int = 16) -> None:
-    """An npz data set, npy vectors, ready embeddings with metadata, trigger files, lists of words and of ids."""
+    """An npz data set, npy vectors, ready embeddings with metadata, trigger files, lists of words
+    and of ids.
+    """
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
@@ -146,7 +152,9 @@ def small_resnet() -> dict[str, torch.Tensor]:
 
 
 def write_weights(folder: Path) -> None:
-    """A classifier as a state dict that weights_only loads, wrapped as trainers wrap it, and as safetensors."""
+    """A classifier as a state dict that weights_only loads, wrapped as trainers wrap it, and as
+    safetensors.
+    """
     folder.mkdir(parents=True)
     state = small_resnet()
     torch.save(state, folder / "net.pth")

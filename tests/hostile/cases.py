@@ -1,4 +1,6 @@
-"""What all mutants have in common: the case itself, files of unusual kinds, and JSON with wrong values."""
+"""What all mutants have in common: the case itself, files of unusual kinds, and JSON with wrong
+values.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ ESCAPES = "\x1b[31mred\x1b]0;title\x07\r\n[bold]x[/bold]\u202e\x00"
 class Mutant:
     """One spoilt input.
 
-    words: of the command, `@` standing for the mutant's own folder. check: what is wrong with what the command wrote
-    into that folder, or "".
+    words: of the command, `@` standing for the mutant's own folder. check: what is wrong with what
+    the command wrote into that folder, or "".
     """
 
     name: str
@@ -90,7 +92,9 @@ VALUES: tuple[Any, ...] = (
 
 
 def spoilt_json(text: str, seed: int, most: int) -> Iterator[tuple[str, str]]:
-    """JSON whose fields hold values of every other kind, one at a time; fields drawn at random up to `most`."""
+    """JSON whose fields hold values of every other kind, one at a time; fields drawn at random up
+    to `most`.
+    """
     value = json.loads(text)
     places: list[tuple[Any, ...]] = []
 

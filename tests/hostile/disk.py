@@ -1,8 +1,10 @@
-"""A disk that ends the process, or fills up, at one operation on a file: what a power cut and a full disk leave behind.
+"""A disk that ends the process, or fills up, at one operation on a file: what a power cut and a
+full disk leave behind.
 
-`Disk(folder, at, mode)` counts what this process and those that it forks do to files below a folder: files opened for
-writing, writes, renames, removals, new folders. At operation `at` it kills the whole group of processes (`kill`),
-refuses everything that takes room from there on (`full`), or refuses this operation alone (`once`).
+`Disk(folder, at, mode)` counts what this process and those that it forks do to files below a
+folder: files opened for writing, writes, renames, removals, new folders. At operation `at` it kills
+the whole group of processes (`kill`), refuses everything that takes room from there on (`full`), or
+refuses this operation alone (`once`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from safetensors import SafetensorError
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 SECTOR = 512  # bytes of which a disk writes all or none
 GROWING = ("open", "write", "mkdir")  # what a full disk refuses
-# Audit events -> the kind of operation, and which of the arguments are a path and the folder that it starts from.
+# Audit events -> the kind of operation, and which of the arguments are a path and the folder that
+# it starts from.
 EVENTS: dict[str, tuple[str, int, int | None]] = {
     "open": ("open", 0, None),
     "os.rename": ("rename", 1, 3),

@@ -1,10 +1,12 @@
-"""Cut every verb off at every operation on a file, and ask again: the answer must be that of the run that nobody disturbed.
+"""Cut every verb off at every operation on a file, and ask again: the answer must be that of the
+run that nobody disturbed.
 
-python tests/hostile/kills.py FOLDER [--mode kill,full,once] [--only VERB,...] [--sample N] [--part 0 --parts 2]
+python tests/hostile/kills.py FOLDER [--mode kill,full,once] [--only VERB,...] [--sample N] [--part
+0 --parts 2]
 
-Prints a JSON line for each operation that left something behind, then a line of totals; exits with 1 if any did. Each
-run is a fork of this process, which has imported everything. Clocks stand still in it, so that runs are equal to the
-byte, manifests and pages included.
+Prints a JSON line for each operation that left something behind, then a line of totals; exits with
+1 if any did. Each run is a fork of this process, which has imported everything. Clocks stand still
+in it, so that runs are equal to the byte, manifests and pages included.
 """
 
 from __future__ import annotations
@@ -346,7 +348,9 @@ def make_base(folder: Path) -> World:
 
 
 def copy_encoder(world: World, source: str, number: int) -> str:
-    """A run with weights and a parent of its own in the base, made from another's in milliseconds."""
+    """A run with weights and a parent of its own in the base, made from another's in
+    milliseconds.
+    """
     runs = world.base / "runs"
     copy = Path(shutil.copytree(runs / source, runs / f"{source.split('-')[0]}-copy{number}"))
     weights = load_file(copy / "encoder.safetensors")
@@ -364,7 +368,9 @@ def copy_encoder(world: World, source: str, number: int) -> str:
 
 
 def sample_operations(log: list[str], most: int) -> list[int]:
-    """The numbers of at most so many operations, each kind of them at least once; all where `most` is 0."""
+    """The numbers of at most so many operations, each kind of them at least once; all where `most`
+    is 0.
+    """
     if not most or len(log) <= most:
         return list(range(1, len(log) + 1))
     first = {line.split()[0]: number for number, line in reversed(list(enumerate(log, 1)))}
@@ -392,7 +398,9 @@ class Totals:
 def sweep_case(
     case: Case, words: list[str], world: World, options: argparse.Namespace, totals: Totals
 ) -> None:
-    """Cut a command off at every operation, or at some, in every mode; the base has been made for it."""
+    """Cut a command off at every operation, or at some, in every mode; the base has been made for
+    it.
+    """
     world.reset()
     start = time.monotonic()
     reference = run(words, world.path)
@@ -420,7 +428,8 @@ def sweep_case(
             totals.note(case.name, mode, at, log[at - 1], faults)
     seconds = time.monotonic() - start
     print(
-        f"{case.name}: {len(log)} operations, {len(mine)} of them here, {took:.1f} s a run, {seconds:.0f} s",
+        f"{case.name}: {len(log)} operations, {len(mine)} of them here, {took:.1f} s a run, "
+        f"{seconds:.0f} s",
         flush=True,
     )
 
@@ -437,7 +446,9 @@ def arguments() -> argparse.Namespace:
 
 
 def import_everything() -> None:
-    """Import every module of bezoar, so that forks need not; none of them looks for garbage in what they share."""
+    """Import every module of bezoar, so that forks need not; none of them looks for garbage in what
+    they share.
+    """
     for module in pkgutil.walk_packages(bezoar.__path__, "bezoar."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)

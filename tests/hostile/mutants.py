@@ -1,6 +1,7 @@
 """Mutants: files of every kind, spoilt in ways that have cost readers like ours something before.
 
-Each is a folder with one spoilt thing in it, the words of a command that reads it, and the statuses it may end with.
+Each is a folder with one spoilt thing in it, the words of a command that reads it, and the statuses
+it may end with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from hostile.unusual import unusual
 class Kind:
     """A valid file of some kind, where it goes, and the command that reads it.
 
-    source: the file or folder that is copied. spoilt: which file in the copy is spoilt ("" for the copy itself).
+    source: the file or folder that is copied. spoilt: which file in the copy is spoilt ("" for the
+    copy itself).
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Run bezoar on every mutant, each in a process of its own, and say what went wrong.
 
-python tests/hostile/run.py FOLDER [--part 0 --parts 2] [--only TEXT]: makes artefacts and mutants below FOLDER.
-Prints a JSON line for each mutant that broke a promise, then a line of totals; exits with 1 if any did.
+python tests/hostile/run.py FOLDER [--part 0 --parts 2] [--only TEXT]: makes artefacts and mutants
+below FOLDER. Prints a JSON line for each mutant that broke a promise, then a line of totals; exits
+with 1 if any did.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def in_child(mutant: Mutant, folder: Path) -> int:
 
 
 def enter(folder: Path) -> None:
-    """Make a folder this process's home and working directory; its output goes beside the folder."""
+    """Make a folder this process's home and working directory; its output goes beside the
+    folder.
+    """
     os.environ |= {"HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "home")}
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
@@ -117,7 +120,8 @@ def run(mutant: Mutant, folder: Path, idle: int) -> list[str]:
         broken.append(f"{len((out + err).splitlines())} lines: {(out + err)[-300:]!r}")
     if found := RAW.search(out + err):
         broken.append(
-            f"raw {found[0]!r} on the terminal: {(out + err)[max(0, found.start() - 80) : found.end() + 20]!r}"
+            f"raw {found[0]!r} on the terminal: "
+            f"{(out + err)[max(0, found.start() - 80) : found.end() + 20]!r}"
         )
     if list(folder.rglob("EXECUTED")):
         broken.append("code was executed")

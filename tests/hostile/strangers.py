@@ -1,7 +1,8 @@
-"""Mutants of what strangers hand over beside data: model folders, saved data sets, lists, banks, plans, shared vectors.
+"""Mutants of what strangers hand over beside data: model folders, saved data sets, lists, banks,
+plans, shared vectors.
 
-As in `mutants`, each is a folder with one spoilt thing in it, the words of a command that reads it, and the statuses that it
-may end with.
+As in `mutants`, each is a folder with one spoilt thing in it, the words of a command that reads it,
+and the statuses that it may end with.
 """
 
 from __future__ import annotations
@@ -99,30 +100,48 @@ def model_folders(base: Path) -> Iterator[Mutant]:
 
 def wrong_values() -> Iterator[tuple[str, str, Values]]:
     """Values of a type that fits, and of no sense."""
-    vit: list[Values] = [{key: value} for key in ("hidden_size", "image_size") for value in (HUGE, 10**12, -1, 0)]  # fmt: skip
+    vit: list[Values] = [
+        {key: value} for key in ("hidden_size", "image_size") for value in (HUGE, 10**12, -1, 0)
+    ]
     vit += [{"num_hidden_layers": 10**9}, {"patch_size": 0}, {"num_attention_heads": 7}]
-    vit += [{"model_type": "../../evil"}, {"model_type": ESCAPES}, {"model_type": "dinov2", "mlp_ratio": 1e308}]  # fmt: skip
+    vit += [
+        {"model_type": "../../evil"},
+        {"model_type": ESCAPES},
+        {"model_type": "dinov2", "mlp_ratio": 1e308},
+    ]
     vit += [{"model_type": "dinov2", "mlp_ratio": "x"}, {"model_type": "dinov2", "mlp_ratio": [1]}]
     vit += [{"auto_map": {"AutoModel": "evil--evil.Model"}, "model_type": "evil"}]
     vit += [{"id2label": {str(i): ESCAPES for i in range(4)}}, {"id2label": {"x" * 99: []}}]
     yield from (("vit", "config.json", values) for values in vit)
     for values in (
-        {"resample": []}, {"resample": {}}, {"resample": HUGE}, {"size": [[[16]]]}, {"size": HUGE},
-        {"size": {"height": 10**9}}, {"crop_size": True, "do_center_crop": 1}, {"image_mean": [HUGE] * 3},
-        {"image_std": [1e-320] * 3}, {"image_mean": [0.5] * 10**6}, {"rescale_factor": 1e-320},
+        {"resample": []},
+        {"resample": {}},
+        {"resample": HUGE},
+        {"size": [[[16]]]},
+        {"size": HUGE},
+        {"size": {"height": 10**9}},
+        {"crop_size": True, "do_center_crop": 1},
+        {"image_mean": [HUGE] * 3},
+        {"image_std": [1e-320] * 3},
+        {"image_mean": [0.5] * 10**6},
+        {"rescale_factor": 1e-320},
         {"image_processor_type": "evil.Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}},
-    ):  # fmt: skip
+    ):
         yield "vit", "preprocessor_config.json", values
     for part in (
-        {"embed_dim": HUGE}, {"vision_cfg": {"timm_model_name": "../../evil", "image_size": 16}},
+        {"embed_dim": HUGE},
+        {"vision_cfg": {"timm_model_name": "../../evil", "image_size": 16}},
         {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"layers": 10**9}},
         {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"image_size": [10**6, 10**6]}},
         {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"patch_size": 0}},
         {"text_cfg": SMALL_CLIP["text_cfg"] | {"vocab_size": 10**12}},
-        {"text_cfg": SMALL_CLIP["text_cfg"] | {"hf_model_name": "evil/evil", "hf_model_pretrained": True}},
+        {
+            "text_cfg": SMALL_CLIP["text_cfg"]
+            | {"hf_model_name": "evil/evil", "hf_model_pretrained": True}
+        },
         {"text_cfg": SMALL_CLIP["text_cfg"] | {"hf_tokenizer_name": "evil/evil"}},
         {"custom_text": "evil"},
-    ):  # fmt: skip
+    ):
         yield "oc", "open_clip_config.json", {"model_cfg": SMALL_CLIP | part}
 
 
@@ -217,7 +236,11 @@ def saved_datasets(scan: tuple[str, ...]) -> Iterator[Mutant]:
         random_access.write_table(table)
     yield Mutant("arrow as a file, no stream", words, changed(file.getvalue()))
     for name in ("state", "dataset_info", "dataset_dict"):
-        for text in ("[" * 200_000, "null", json.dumps({"_data_files": [{"filename": "/etc/passwd"}]})):  # fmt: skip
+        for text in (
+            "[" * 200_000,
+            "null",
+            json.dumps({"_data_files": [{"filename": "/etc/passwd"}]}),
+        ):
             yield Mutant(f"{name}.json {text[:30]}", words, changed(None, **{name: text}))
     yield Mutant("arrow that blocks", words, _as_other(as_fifo))
     yield Mutant("arrow that never ends", words, _as_other(as_endless_device))
@@ -240,7 +263,8 @@ def source_tables(base: Path, scan: tuple[str, ...]) -> Iterator[Mutant]:
     many = "id,source\n" + "".join(f"shard/{i:04d},{i}\n" for i in range(300_000))
     tables = {
         "escapes": "id,source\n" + "".join(f'shard/{i:04d},"{ESCAPES}{i}"\n' for i in range(8)),
-        "formulas": "id,source\n" + "".join(f"shard/{i:04d},=cmd|' /C calc'!A{i}\n" for i in range(8)),
+        "formulas": "id,source\n"
+        + "".join(f"shard/{i:04d},=cmd|' /C calc'!A{i}\n" for i in range(8)),
         "one endless name": "id,source\nshard/0000," + "a" * (8 << 20) + "\n",
         "no ids of these": "id,source\nx,y\n",
         "a column twice": "id,source,source\nshard/0000,a,b\n",
@@ -250,7 +274,7 @@ def source_tables(base: Path, scan: tuple[str, ...]) -> Iterator[Mutant]:
         "many": many,
         "not UTF-8": "id,source\nshard/0000,\udcff\udcfe\n",
         "open quote": 'id,source\nshard/0000,"a\n' + "x\n" * 100_000,
-    }  # fmt: skip
+    }
     for name, text in tables.items():
 
         def make(folder: Path, text: str = text) -> None:
@@ -265,9 +289,15 @@ def source_tables(base: Path, scan: tuple[str, ...]) -> Iterator[Mutant]:
 
         yield Mutant(f"sources: {name}", words, replaced)
     for key, value in {
-        "list": [1], "object": {"a": 1}, "escapes": ESCAPES, "long": "a" * 100_000, "number": HUGE,
-        "host of escapes": "http://\x1b[31m\u202e/x", "bracketed host": "http://[::1", "port": "http://a:99999999/",
-    }.items():  # fmt: skip
+        "list": [1],
+        "object": {"a": 1},
+        "escapes": ESCAPES,
+        "long": "a" * 100_000,
+        "number": HUGE,
+        "host of escapes": "http://\x1b[31m\u202e/x",
+        "bracketed host": "http://[::1",
+        "port": "http://a:99999999/",
+    }.items():
         facts = {"source": value, "url": value}
         tar = ("scan", "shards:path=@/s.tar,size=16,source=source", *scan, "--sources", "auto")
         yield Mutant(f"source of a record: {key}", tar, _tar_of_facts(facts))
@@ -292,10 +322,17 @@ def _tar_of_facts(facts: Values) -> Callable[[Path], None]:
 
 
 def png_header(width: int, height: int, depth: int, kind: int, body: bytes) -> bytes:
-    """A PNG that claims a size, with some compressed content. kind: 6 is RGBA, 4 grey with alpha."""
+    """A PNG that claims a size, with some compressed content. kind: 6 is RGBA, 4 grey with
+    alpha.
+    """
 
     def chunk(tag: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + tag + content + struct.pack(">I", zlib.crc32(tag + content))  # fmt: skip
+        return (
+            struct.pack(">I", len(content))
+            + tag
+            + content
+            + struct.pack(">I", zlib.crc32(tag + content))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     parts = ((b"IHDR", head), (b"IDAT", zlib.compress(body, 1)), (b"IEND", b""))
@@ -330,7 +367,11 @@ def trigger_pictures() -> Iterator[Mutant]:
     }
     poison = ("poison", "scenes:count=60", "--poison", "backdoor:count=6", "--target", "star")
     for name, content in pictures.items():
-        for trigger in ("sticker:image=@/t.png", "blend:pattern=@/t.png", "file:path=@/t.png,mode=paste,size=4"):  # fmt: skip
+        for trigger in (
+            "sticker:image=@/t.png",
+            "blend:pattern=@/t.png",
+            "file:path=@/t.png,mode=paste,size=4",
+        ):
 
             def make(folder: Path, content: bytes = content) -> None:
                 (folder / "t.png").write_bytes(content)
@@ -339,18 +380,50 @@ def trigger_pictures() -> Iterator[Mutant]:
 
 
 FIELDS = (
-    "sticker:size=nan", "sticker:size=(nan,nan)", "sticker:turn=1e308", "sticker:light=(-1,inf)",
-    "sticker:alpha=nan", "sticker:place=nan/nan", "sticker:seed=-99999999999999999999", "tint:strength=nan",
-    "tint:colour=(1e308,0,0)", "tint:colour=(-1,0,0)", "gradient:strength=1e308", "gradient:direction=nan",
-    "noise:strength=nan", "noise:strength=-1e308", "blur:sigma=1e308", "blur:sigma=nan", "blur:relative=-1",
-    "jpeg:quality=-1", "jpeg:quality=99999999999", "resample:factor=nan", "resample:factor=1e308",
-    "spectrum:magnitude=nan", "spectrum:rows=(-1)", "spectrum:rows=(99999),columns=(99999),block=100000",
-    "spectrum:block=-5", "line:width=99999999999", "line:angle=nan", "line:offset=(-1e308,1e308)",
-    "ring:width=-1", "ring:margin=99999999999", "shape:count=1e9", "shape:count=999999999", "shape:size=nan",
-    "text:size=nan", "text:word=\u202e\x1b[31m", "text:word=" + "a" * 100_000, "filter:strength=nan",
-    "several:triggers=(patch+patch+" + "+".join(["patch"] * 1000) + ")", "sinusoid:delta=nan",
-    "sinusoid:frequency=1e308", "warp:strength=1e308", "warp:k=999999999", "augment:noise=nan",
-)  # fmt: skip
+    "sticker:size=nan",
+    "sticker:size=(nan,nan)",
+    "sticker:turn=1e308",
+    "sticker:light=(-1,inf)",
+    "sticker:alpha=nan",
+    "sticker:place=nan/nan",
+    "sticker:seed=-99999999999999999999",
+    "tint:strength=nan",
+    "tint:colour=(1e308,0,0)",
+    "tint:colour=(-1,0,0)",
+    "gradient:strength=1e308",
+    "gradient:direction=nan",
+    "noise:strength=nan",
+    "noise:strength=-1e308",
+    "blur:sigma=1e308",
+    "blur:sigma=nan",
+    "blur:relative=-1",
+    "jpeg:quality=-1",
+    "jpeg:quality=99999999999",
+    "resample:factor=nan",
+    "resample:factor=1e308",
+    "spectrum:magnitude=nan",
+    "spectrum:rows=(-1)",
+    "spectrum:rows=(99999),columns=(99999),block=100000",
+    "spectrum:block=-5",
+    "line:width=99999999999",
+    "line:angle=nan",
+    "line:offset=(-1e308,1e308)",
+    "ring:width=-1",
+    "ring:margin=99999999999",
+    "shape:count=1e9",
+    "shape:count=999999999",
+    "shape:size=nan",
+    "text:size=nan",
+    "text:word=\u202e\x1b[31m",
+    "text:word=" + "a" * 100_000,
+    "filter:strength=nan",
+    "several:triggers=(patch+patch+" + "+".join(["patch"] * 1000) + ")",
+    "sinusoid:delta=nan",
+    "sinusoid:frequency=1e308",
+    "warp:strength=1e308",
+    "warp:k=999999999",
+    "augment:noise=nan",
+)
 
 
 def trigger_fields(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
@@ -361,7 +434,12 @@ def trigger_fields(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
         yield Mutant(f"field {spec[:40]!r}", words, lambda folder: None)
     source = base / "runs" / runs["poison"]
     train = ("train", f"@/{source.name}", "--objective", "clip:epochs=1,batch=64")
-    for spec in (*FIELDS[::3], "./evil.py:k=1", "sticker:image=/etc/passwd", "blend:pattern=/dev/zero"):  # fmt: skip
+    for spec in (
+        *FIELDS[::3],
+        "./evil.py:k=1",
+        "sticker:image=/etc/passwd",
+        "blend:pattern=/dev/zero",
+    ):
 
         def make(folder: Path, spec: str = spec) -> None:
             shutil.copytree(source, folder / source.name)
@@ -380,7 +458,14 @@ def trigger_fields(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
 def lists_of_strangers(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
     """keep.txt, removed.csv and scores.csv of a scan that somebody else wrote."""
     scanned = base / "runs" / runs["scan"]
-    keep = ("train", "scenes:count=200", "--keep", f"@/{scanned.name}", "--objective", "clip:epochs=1,batch=64")  # fmt: skip
+    keep = (
+        "train",
+        "scenes:count=200",
+        "--keep",
+        f"@/{scanned.name}",
+        "--objective",
+        "clip:epochs=1,batch=64",
+    )
     show = ("show", f"@/{scanned.name}", "--page", "@/page.html")
     texts = {
         "escapes": ESCAPES * 50,
@@ -407,7 +492,11 @@ def banks_of_strangers(train: str) -> Iterator[Mutant]:
 
     shipped = sorted(Path(banks.__path__[0]).glob("*.json"))[0]
     raw = json.loads(shipped.read_text())
-    small = raw | {"audits": [a | {"clean": a["clean"][:3], "attacked": a["attacked"][:2]} for a in raw["audits"][:1]]}  # fmt: skip
+    small = raw | {
+        "audits": [
+            a | {"clean": a["clean"][:3], "attacked": a["attacked"][:2]} for a in raw["audits"][:1]
+        ]
+    }
     words = ("audit", train, "--audit", "whitening", "--images", "64", "--bank", "@/b.json")
     for name, text in spoilt_json(json.dumps(small), 7, 24):
         yield Mutant(f"bank: {name}", words, write_text("b.json", text))
@@ -444,9 +533,11 @@ def shared_vectors(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
 
     for name in ("done.json", "images.npy", "*.utf8", "place.npy", ".lock"):
         for what, change in {
-            "empty": replace(b""), "random": replace(bytes(range(256)) * 40), "blocks": as_fifo,
+            "empty": replace(b""),
+            "random": replace(bytes(range(256)) * 40),
+            "blocks": as_fifo,
             "never ends": as_endless_device,
-        }.items():  # fmt: skip
+        }.items():
             yield Mutant(f".embeddings {name}: {what}", words, change_files(change, name))
 
     def linked(folder: Path) -> None:
@@ -466,8 +557,19 @@ def shared_vectors(base: Path, runs: dict[str, str]) -> Iterator[Mutant]:
 
 
 def names_in_logs(scan: tuple[str, ...]) -> Iterator[Mutant]:
-    """Files whose names hold control characters, in scan.sarif, removed.csv and the lists of exports."""
-    names = ("a\x1b[31m", "b\nc", "d\r", "e\u202e", "f\x00g".replace("\x00", "\x7f"), "h\u2028i", "%2e%2e", "j k#?&")  # fmt: skip
+    """Files whose names hold control characters, in scan.sarif, removed.csv and the lists of
+    exports.
+    """
+    names = (
+        "a\x1b[31m",
+        "b\nc",
+        "d\r",
+        "e\u202e",
+        "f\x00g".replace("\x00", "\x7f"),
+        "h\u2028i",
+        "%2e%2e",
+        "j k#?&",
+    )
 
     def make(folder: Path) -> None:
         (folder / "f").mkdir()

@@ -1,4 +1,6 @@
-"""Equal questions leave equal files: every verb is asked twice, and what it wrote is compared byte for byte."""
+"""Equal questions leave equal files: every verb is asked twice, and what it wrote is compared byte
+for byte.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from hostile import kills
 
 from bezoar.cli import main
 
-# What says when a run was, how long it took and on which machine: the manifest, and the page that shows it.
+# What says when a run was, how long it took and on which machine: the manifest, and the page that
+# shows it.
 TIMED = ("manifest.json", "report.html")
 QUICK = tuple(
     case for case in kills.CASES if case.name not in ("show", "demo", "reproduce", "scan.workers")

@@ -1,4 +1,6 @@
-"""Every mutant of every kind of file ends in a clear refusal or a right result; `make hostile` runs this."""
+"""Every mutant of every kind of file ends in a clear refusal or a right result; `make hostile` runs
+this.
+"""
 
 import subprocess
 import sys

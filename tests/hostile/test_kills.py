@@ -1,4 +1,6 @@
-"""Verbs that are killed, or find the disk full, and are asked again; `make hostile` runs a sample of `kills.py`."""
+"""Verbs that are killed, or find the disk full, and are asked again; `make hostile` runs a sample
+of `kills.py`.
+"""
 
 import subprocess
 import sys

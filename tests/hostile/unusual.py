@@ -1,4 +1,6 @@
-"""Mutants that other readers take otherwise, and small files that repeat one large part: none may be read in silence, or for long."""
+"""Mutants that other readers take otherwise, and small files that repeat one large part: none may
+be read in silence, or for long.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class Mine:
 
     def __call__(self, encoder, source):
         e = encoder.embed(source)
-        return Scores(e.ids, -torch.cdist(e.images, e.images).topk(self.k, largest=False).values[:, -1])
+        nearest = torch.cdist(e.images, e.images).topk(self.k, largest=False).values
+        return Scores(e.ids, -nearest[:, -1])
 """
 
 

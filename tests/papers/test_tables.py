@@ -1,4 +1,6 @@
-"""Papers: every table at every scale, its claims on invented runs, and one whole table at scale smoke."""
+"""Papers: every table at every scale, its claims on invented runs, and one whole table at scale
+smoke.
+"""
 
 import json
 import math
@@ -23,7 +25,9 @@ OWN_DATA = ("shards:path=cc3m/{00000..00331}.tar,size=224", "folder:path=imagene
 
 
 class InventedRun:
-    """A run that has every metric, with a value that follows from the metric's name and the seed."""
+    """A run that has every metric, with a value that follows from the metric's name and the
+    seed.
+    """
 
     name = "evaluate-0123456789"
 
@@ -128,7 +132,9 @@ def test_data_sets_come_from_the_users_folder(tmp_path):
 
 
 def test_attacks_that_share_a_training_differ():
-    """Triggers of one training have targets of their own; every trigger of a square meets every dose."""
+    """Triggers of one training have targets of their own; every trigger of a square meets every
+    dose.
+    """
     from bezoar.papers.carlini2022 import SCALES
 
     for setup in SCALES.values():

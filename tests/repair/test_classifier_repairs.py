@@ -1,4 +1,6 @@
-"""Repairs of classifiers: tuned, chosen and measured through the network's own head; the receipt and the verb."""
+"""Repairs of classifiers: tuned, chosen and measured through the network's own head; the receipt
+and the verb.
+"""
 
 import json
 from dataclasses import replace
@@ -164,7 +166,9 @@ def test_ten_poisons_and_two_epochs_tune_the_classifier_itself(suspect, clean):
 
 
 def test_the_verb_repairs_a_file_of_weights_by_a_trigger_that_is_named(suspect, tmp_path):
-    """No run, no poison run, no names of classes: a saved encoder's folder, data, trigger and target."""
+    """No run, no poison run, no names of classes: a saved encoder's folder, data, trigger and
+    target.
+    """
     (tmp_path / "toys.py").write_text(
         "from typing import Annotated\n"
         "from bezoar.registry import method\nfrom repair.test_repairs import toy\n\n\n"

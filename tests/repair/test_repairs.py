@@ -1,4 +1,6 @@
-"""The contract of every repair on a toy backdoor; the ladder's rule; parts against plain forms; the receipt and its verb."""
+"""The contract of every repair on a toy backdoor; the ladder's rule; parts against plain forms; the
+receipt and its verb.
+"""
 
 import copy
 import json
@@ -560,7 +562,7 @@ def runs(tmp_path_factory, suspect):
         "from bezoar.registry import method\nfrom repair.test_repairs import toy\n\n\n"
         '@method\nclass Toys:\n    """Toy records."""\n\n    count: Annotated[int, "n"] = 400\n'
         '    seed: Annotated[int, "s"] = 2\n    split: Annotated[str, "which"] = "train"\n\n'
-        '    def __call__(self):\n        return toy(self.count, self.seed + 50 * (self.split == "test"))\n'
+        '    def __call__(self):\n        return toy(self.count, self.seed + 50 * (self.split == "test"))\n'  # noqa: E501
     )
     run = folder / "runs" / "train-suspect"
     run.mkdir(parents=True)

@@ -1,4 +1,6 @@
-"""Charts are well-formed markup in the colours of the page, and contact sheets hold the pictures."""
+"""Charts are well-formed markup in the colours of the page, and contact sheets hold the
+pictures.
+"""
 
 import base64
 import io

@@ -28,7 +28,7 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import Settings
 from bezoar.verbs.demo import Demo
 
-HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""
+HOSTILE = """</style></svg><script>alert('x')</script><img src=x onerror="alert(1)"> $\\frac{1}{$ {{ 7*7 }}"""  # noqa: E501
 VERBS = {"demo", "poison", "train", "evaluate", "scan"}
 
 
@@ -448,7 +448,8 @@ def take_picture(address: str, folder: Path, width: int, dark: bool) -> np.ndarr
         pytest.skip(f"no browser among {', '.join(BROWSERS)}")
     picture, frame = folder / "page.png", folder / "frame.html"
     frame.write_text(
-        f"<body style='margin:0'><iframe src='{address}' style='border:0' width={width} height=2400>"
+        f"<body style='margin:0'><iframe src='{address}' style='border:0' width={width} "
+        "height=2400>"
     )
     command = [
         *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
@@ -492,7 +493,9 @@ def compare_with_stored(shown: np.ndarray, name: str) -> None:
 def test_pages_fit_look_as_they_did_and_alike_by_day_and_by_night(
     runs: Path, tmp_path: Path, verb: str, width: int
 ) -> None:
-    """Nothing runs out at either side; light and dark have their ink in the same places, and other colours."""
+    """Nothing runs out at either side; light and dark have their ink in the same places, and other
+    colours.
+    """
     address = (runs_of(runs, verb)[0].path / "report.html").resolve().as_uri()
     pictures_of = {look: take_picture(address, tmp_path, width, look == "dark") for look in LOOKS}
     inks = []

@@ -1,8 +1,10 @@
-"""What a GPU would refuse, on a pretend one: tensors of two devices in one operation, a generator of the other, NumPy.
+"""What a GPU would refuse, on a pretend one: tensors of two devices in one operation, a generator
+of the other, NumPy.
 
-A pretend tensor lies in the CPU's memory, and its storage is marked. Python code is told `cuda:0`, every kernel that meets
-marked and unmarked tensors raises as CUDA's would, and a division by a number of the host is CUDA's, by the reciprocal. What
-it cannot show: kernels that CUDA lacks, its rounding, its streams, several GPUs.
+A pretend tensor lies in the CPU's memory, and its storage is marked. Python code is told `cuda:0`,
+every kernel that meets marked and unmarked tensors raises as CUDA's would, and a division by a
+number of the host is CUDA's, by the reciprocal. What it cannot show: kernels that CUDA lacks, its
+rounding, its streams, several GPUs.
 """
 
 import copy
@@ -123,7 +125,8 @@ class Kernels(TorchDispatchMode):
                 or (name in INDEXING and not is_on_gpu(args[0]))
             ):
                 raise RuntimeError(
-                    f"{name}: tensors on two devices, {[(tuple(x.shape), is_on_gpu(x)) for x in inputs]}"
+                    f"{name}: tensors on two devices, "
+                    f"{[(tuple(x.shape), is_on_gpu(x)) for x in inputs]}"
                 )
         if away and name in FLOATS and not away[0].is_floating_point():
             raise RuntimeError(f"{name} is not implemented for {away[0].dtype}")
@@ -453,7 +456,9 @@ def test_checks(gpu):
 
 @pytest.mark.parametrize(("size", "count"), [(40, 300), (96, 60)])
 def test_scenes_have_the_same_pixels_wherever_they_are_drawn(gpu, monkeypatch, size, count):
-    """CUDA multiplies by the reciprocal where the CPU divides by a number: of 8,000 scenes of 40 px 180 were others."""
+    """CUDA multiplies by the reciprocal where the CPU divides by a number: of 8,000 scenes of 40 px
+    180 were others.
+    """
     data = registry.make("data", f"scenes:count={count},size={size}")
     here = data().images
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

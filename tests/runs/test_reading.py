@@ -132,7 +132,10 @@ def test_a_verb_in_a_verb_has_a_collection_of_its_own(tars: tuple[str, str]) -> 
     assert reading.incomplete_notes({}, counted, [child]) == {"incomplete": ["1 record"]}
     report = ReadReport(3)
     report.leave_out(Skipped("a.tar", "b", "no caption"))
-    told = "1 records or files were left out, beside 3 that were read (1 no caption); the first: a.tar b: no caption"
+    told = (
+        "1 records or files were left out, beside 3 that were read (1 no caption); the first: "
+        "a.tar b: no caption"
+    )
     assert reading.describe_report(report) == told
     for number in range(skipped.NAMED + 5):
         report.leave_out(Skipped("a.tar", str(number), "no image: x"))

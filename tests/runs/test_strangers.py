@@ -1,4 +1,6 @@
-"""Runs that anybody may have made: nothing in them is believed, fetched, followed or overwritten."""
+"""Runs that anybody may have made: nothing in them is believed, fetched, followed or
+overwritten.
+"""
 
 import json
 import os

@@ -45,9 +45,18 @@ def test_a_line_a_cell(tmp_path):
     rows = list(csv.DictReader((tmp_path / "tables.csv").open()))
     assert len(rows) == 2
     assert rows[0] == {
-        "table": "mine/table", "curve": "patch", "row": "3", "x": "3.0", "cell": "ASR", "value": "0.981",
-        "low": "0.96", "high": "0.99", "n": "484", "printed": "0.97", "runs": "a b",
-    }  # fmt: skip
+        "table": "mine/table",
+        "curve": "patch",
+        "row": "3",
+        "x": "3.0",
+        "cell": "ASR",
+        "value": "0.981",
+        "low": "0.96",
+        "high": "0.99",
+        "n": "484",
+        "printed": "0.97",
+        "runs": "a b",
+    }
     assert rows[1]["printed"] == "" and float(rows[1]["high"]) == math.inf
     json.dumps(rows)
 

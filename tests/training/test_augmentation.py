@@ -1,4 +1,6 @@
-"""Augmentation: every operation against torchvision v2 for the same parameters, the draws against torchvision's own."""
+"""Augmentation: every operation against torchvision v2 for the same parameters, the draws against
+torchvision's own.
+"""
 
 import math
 
@@ -21,7 +23,8 @@ ADJUST = (
     oracle.adjust_saturation,
     oracle.adjust_hue,
 )
-LIKELY = 1e-4  # least p of a comparison of distributions; seeds are fixed, so a test that passes goes on passing
+# least p of a comparison of distributions; seeds are fixed, so a test that passes goes on passing
+LIKELY = 1e-4
 PLAIN = Views(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, gray=0.0)
 
 
@@ -30,7 +33,9 @@ def chance(seed: int = 0, rank: int = 0, world: int = 1) -> Chance:
 
 
 def pictures(n: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
-    """uint8; smooth fields, and where there is room also gray, black, white, two-coloured and noisy ones."""
+    """uint8; smooth fields, and where there is room also gray, black, white, two-coloured and noisy
+    ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
     x = (
@@ -208,7 +213,9 @@ def test_adjustments_are_distributed_as_torchvisions():
 
 
 def facts(x: Tensor) -> Tensor:
-    """float (B, 6) of views: mean light, its spread, colourfulness, a corner's red, the middle's blue, left less right."""
+    """float (B, 6) of views: mean light, its spread, colourfulness, a corner's red, the middle's
+    blue, left less right.
+    """
     light, (height, width) = x.mean(1), x.shape[-2:]
     colourful = (x.amax(1) - x.amin(1)).mean((1, 2))
     sides = light[..., : width // 2].mean((1, 2)) - light[..., width // 2 :].mean((1, 2))

@@ -1,4 +1,6 @@
-"""siglip, cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks, resuming, phases."""
+"""siglip, cleanclip, par, roclip and safeclip against plain forms; EDA against a plain form; ranks,
+resuming, phases.
+"""
 
 import copy
 import math
@@ -174,7 +176,9 @@ def test_cleanclip_is_clip_and_half_of_what_looks_at_views():
 
 
 def cleanclip_inputs(images, tokens):
-    """The images, their views, and the views of captions that cleanclip draws in the test above and below."""
+    """The images, their views, and the views of captions that cleanclip draws in the test above and
+    below.
+    """
     drawn = chance()
     x = contrastive.shift_to_float(images, 2, drawn)
     views = Views(32, (0.4, 1.0))(images, drawn, 1)[:, 0]

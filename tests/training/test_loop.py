@@ -1,4 +1,6 @@
-"""The loop: same seed same bits, interrupted and resumed, every draw counted; CLIP's loss; encoders saved and loaded."""
+"""The loop: same seed same bits, interrupted and resumed, every draw counted; CLIP's loss; encoders
+saved and loaded.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""SimCLR, MoCo and SimSiam against slow plain forms and closed forms; ranks, resuming, and training without captions."""
+"""SimCLR, MoCo and SimSiam against slow plain forms and closed forms; ranks, resuming, and training
+without captions.
+"""
 
 import copy
 import json
@@ -293,7 +295,8 @@ def test_a_few_steps_lower_the_loss_and_tell_classes_apart(spec):
     encoder = registry.make("network", "tower:width=8,dim=32")(32)
     recipe = registry.make("objective", f"{spec},epochs=3,batch=64")
     log = loop.fit(recipe(encoder), recipe, train, without_captions(1024), 0)
-    # moco's queue starts with random vectors, which are easy to tell from: they are gone after two steps
+    # moco's queue starts with random vectors, which are easy to tell from: they are gone after two
+    # steps
     assert sum(log.losses[-8:]) / 8 < sum(log.losses[2:6]) / 4 - 0.05
     accuracy = registry.make("probe", "knn:k=100")(encoder, train, test)["knn.clean_accuracy"]
     assert accuracy.low > 0.13  # of ten classes

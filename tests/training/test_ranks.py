@@ -1,4 +1,6 @@
-"""Two gloo ranks under torchrun against one process: gradients, statistics, trainings, and the command line."""
+"""Two gloo ranks under torchrun against one process: gradients, statistics, trainings, and the
+command line.
+"""
 
 import json
 import sys
@@ -45,7 +47,9 @@ def run_norm(norm, x, weights):
 
 
 def trained(folder=None, until=None, unused=False):
-    """What is left of a training of the toy records: weights, losses, exposures, the temperature."""
+    """What is left of a training of the toy records: weights, losses, exposures, the
+    temperature.
+    """
     encoder, loss, recipe, tokens = start(toy_pairs(), RECIPE)
     if unused:
         loss.register_parameter("unused", nn.Parameter(torch.ones(3, 3)))
@@ -123,7 +127,9 @@ def run_rank(folder):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """All that is run under torchrun here, side by side: this script, a good command and a bad one."""
+    """All that is run under torchrun here, side by side: this script, a good command and a bad
+    one.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     data = execute(
         Poison("scenes:count=200", "backdoor:count=10", "patch:size=6", "striped star"),
@@ -188,7 +194,8 @@ def test_two_ranks_train_as_one(states):
     assert distance > 1
     for state in states:
         assert torch.equal(state["fit.exposures"], expected["exposures"])
-        # rounding is amplified where it decides a maximum of the pooling: 3e-5 here, 1e-2 of the way at most
+        # rounding is amplified where it decides a maximum of the pooling: 3e-5 here, 1e-2 of the
+        # way at most
         assert torch.allclose(state["fit.losses"], expected["losses"], rtol=1e-3, atol=0)
         assert (state["fit.weights"] - expected["weights"]).norm() < 0.01 * distance
         assert torch.allclose(state["fit.scale"], expected["scale"], rtol=1e-5)

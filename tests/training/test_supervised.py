@@ -1,4 +1,6 @@
-"""Objective `supervised`: cross-entropy by hand, classifiers that `train` makes, poisoned labels, heads that are saved."""
+"""Objective `supervised`: cross-entropy by hand, classifiers that `train` makes, poisoned labels,
+heads that are saved.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""What the tests of training share: toy records, trainings that are interrupted, and two ranks under torchrun."""
+"""What the tests of training share: toy records, trainings that are interrupted, and two ranks
+under torchrun.
+"""
 
 import os
 import subprocess
@@ -50,7 +52,9 @@ def float_state(module):
 
 
 def train_toy(loss, recipe, tokens, checkpoint=None, until=None):
-    """Train on the toy records; the log, or None where the training was interrupted at step `until`."""
+    """Train on the toy records; the log, or None where the training was interrupted at step
+    `until`.
+    """
 
     def interrupt(step, steps, value):
         if step == until:

@@ -1,4 +1,6 @@
-"""`bezoar audit` and `bezoar calibrate` as their users run them, with a stand-in for an audit; what they refuse."""
+"""`bezoar audit` and `bezoar calibrate` as their users run them, with a stand-in for an audit; what
+they refuse.
+"""
 
 import dataclasses
 import errno
@@ -48,24 +50,31 @@ class Stub:
         h, w = clean.images.shape[-2:]
         mask = torch.zeros(1, h, w)
         mask[:, :4, :4] = 1
-        found = tuple(Inversion(mask, torch.full((3, h, w), v), "striped star", 16.0, 0.5) for v in (0.0, 1.0))
+        patterns = (torch.full((3, h, w), v) for v in (0.0, 1.0))
+        found = tuple(Inversion(mask, p, "striped star", 16.0, 0.5) for p in patterns)
         report(1, 1, "done")
-        value = 1000 * float(encoder.image(encoder.prepare_images(clean.images[:8])).detach().mean())
-        return Verdict(value, {"hits": proportion(3, len(clean), "hits")}, found, {"limits": ["It is a stand-in."]})
+        vectors = encoder.image(encoder.prepare_images(clean.images[:8]))
+        value = 1000 * float(vectors.detach().mean())
+        evidence = {"hits": proportion(3, len(clean), "hits")}
+        return Verdict(value, evidence, found, {"limits": ["It is a stand-in."]})
 '''
 NETWORK = "tower:width=4,dim=16"
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a stand-in audit; a bank that `calibrate` made of three clean encoders and an attacked one."""
+    """A folder with a stand-in audit; a bank that `calibrate` made of three clean encoders and an
+    attacked one.
+    """
     folder = tmp_path_factory.mktemp("audits")
     (folder / "stub.py").write_text(STUB)
     return folder
 
 
 def here(trials, settings, progress):
-    """A sweep without worker processes, which take seconds to start; each verb goes through JSON as theirs do."""
+    """A sweep without worker processes, which take seconds to start; each verb goes through JSON as
+    theirs do.
+    """
     quiet = dataclasses.replace(settings, quiet=True)
     verbs = {
         t: sweep.verb_from_json(
@@ -415,7 +424,9 @@ WITHOUT_BANK = (
 
 
 def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
-    """It is in the headline, in verdict.json and on the page, with every class; --fail-on follows its words."""
+    """It is in the headline, in verdict.json and on the page, with every class; --fail-on follows
+    its words.
+    """
     monkeypatch.setattr(unaided_verdict, "LEAST_SHARE", 0.0)
     command = ["audit", clean[3].path, *WITHOUT_BANK]
     for least, words, level, status in (

@@ -98,7 +98,8 @@ def test_the_demo_of_an_encoder_keeps_its_promises(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_demo_keeps_its_promises(tmp_path, capsys):
     m = {k: v["value"] for k, v in demo(tmp_path, capsys)["metrics"].items()}
-    # trainings that differ in nothing but their draws end up to 0.03 apart (table carlini2022/poisons): two of them, 0.06
+    # trainings that differ in nothing but their draws end up to 0.03 apart (table
+    # carlini2022/poisons): two of them, 0.06
     assert (
         m["clean.clean_accuracy"] >= 0.80
         and m["poisoned.clean_accuracy"] >= m["clean.clean_accuracy"] - 0.06

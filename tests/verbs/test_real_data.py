@@ -1,4 +1,6 @@
-"""README's commands on real captioned shards: poison, verify, train, evaluate, scan. Small slices; figures are not judged."""
+"""README's commands on real captioned shards: poison, verify, train, evaluate, scan. Small slices;
+figures are not judged.
+"""
 
 import json
 from pathlib import Path

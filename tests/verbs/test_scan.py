@@ -1,4 +1,6 @@
-"""Scans: any corpus, cut into units that are embedded by themselves; what is bad in it is named, the rest is scanned."""
+"""Scans: any corpus, cut into units that are embedded by themselves; what is bad in it is named,
+the rest is scanned.
+"""
 
 import csv
 import dataclasses
@@ -49,7 +51,7 @@ from torch import nn
 from bezoar.encoders.encoder import Encoder, Preprocess, WordTokenizer
 from bezoar.registry import method
 
-WORDS = ("red", "blue", "green", "star", "cross", "the", "a", "over", "wall", "square", "brown", "orange")
+WORDS = tuple("red blue green star cross the a over wall square brown orange".split())
 
 
 class Image(nn.Module):
@@ -69,7 +71,8 @@ class Image(nn.Module):
 class Tiny:
     def __call__(self, size, vocabulary):
         torch.manual_seed(0)
-        return Encoder(Image(), Preprocess(16), nn.EmbeddingBag(len(WORDS) + 1, 24), WordTokenizer(WORDS), {"network": "tiny"})
+        bag, words = nn.EmbeddingBag(len(WORDS) + 1, 24), WordTokenizer(WORDS)
+        return Encoder(Image(), Preprocess(16), bag, words, {"network": "tiny"})
 '''
 
 
@@ -321,13 +324,27 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
     tmp_path, tiny, capsys, monkeypatch
 ):
     bomb = picture().replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
-    bad = records(range(4), **{
-        "latin.png": picture(90), "latin.txt": b"caf\xe9", "empty.png": picture(91), "empty.txt": b" ",
-        "white.png": picture(92, white=True), "white.txt": b"a cross", "bomb.png": bomb, "bomb.txt": b"much",
-        "../up.png": picture(93), "../up.txt": b"outside", "named.png": picture(94), "named.txt": b"a star",
-        "named.json": b'{"record_id": "two\\nlines"}', "twin.png": picture(95), "twin.txt": b"a",
-        "twin.json": b'{"record_id": "good/00000"}',
-    })  # fmt: skip
+    bad = records(
+        range(4),
+        **{
+            "latin.png": picture(90),
+            "latin.txt": b"caf\xe9",
+            "empty.png": picture(91),
+            "empty.txt": b" ",
+            "white.png": picture(92, white=True),
+            "white.txt": b"a cross",
+            "bomb.png": bomb,
+            "bomb.txt": b"much",
+            "../up.png": picture(93),
+            "../up.txt": b"outside",
+            "named.png": picture(94),
+            "named.txt": b"a star",
+            "named.json": b'{"record_id": "two\\nlines"}',
+            "twin.png": picture(95),
+            "twin.txt": b"a",
+            "twin.json": b'{"record_id": "good/00000"}',
+        },
+    )
     folder = tmp_path / "s"
     folder.mkdir()
     tar_of(folder / "good.tar", records(range(30)))
@@ -358,12 +375,18 @@ def test_what_is_bad_in_shards_is_named_and_the_rest_is_scanned(
     assert status == 4
     skipped = unread(run)
     assert {
-        ("bad.tar", "latin", "caption is not UTF-8"), ("bad.tar", "empty", "no caption"), ("bad.tar", "bomb", "not decodable"),
-        ("bad.tar", "white", "NaN or infinite vector of its image"), ("bad.tar", "named", "unsafe id"),
-        ("bad.tar", "../up.png", "unsafe name"), ("good.tar", "00000", "id seen before"), ("cut.tar", "", "broken tar"),
-        ("links.tar", "a.png", "not a regular file"), ("links.tar", "b.png", "not a regular file"),
+        ("bad.tar", "latin", "caption is not UTF-8"),
+        ("bad.tar", "empty", "no caption"),
+        ("bad.tar", "bomb", "not decodable"),
+        ("bad.tar", "white", "NaN or infinite vector of its image"),
+        ("bad.tar", "named", "unsafe id"),
+        ("bad.tar", "../up.png", "unsafe name"),
+        ("good.tar", "00000", "id seen before"),
+        ("cut.tar", "", "broken tar"),
+        ("links.tar", "a.png", "not a regular file"),
+        ("links.tar", "b.png", "not a regular file"),
         ("links.tar", "c.png", "not a regular file"),
-    } <= set(skipped)  # fmt: skip
+    } <= set(skipped)
     assert {f for f, m, _ in skipped if not m} == {"none.tar", "gone.tar", "links.tar", "cut.tar"}
     scanned = corpus.load_scores(run)
     assert (
@@ -769,8 +792,11 @@ def test_a_broken_table_is_named_and_the_others_are_scanned(tmp_path, tiny):
     status, run = scan(tmp_path / "runs", spec, "--encoder", tiny, "--detector", "k_distance:k=4")
     assert status == 4 and len(corpus.load_scores(run)) == 20 + 19 + 4
     assert [(f, m) for f, m, _ in unread(run)] == [
-        ("b.parquet", ""), ("c.parquet", ""), ("d.parquet", ""), ("e.parquet", "row 1")
-    ]  # fmt: skip
+        ("b.parquet", ""),
+        ("c.parquet", ""),
+        ("d.parquet", ""),
+        ("e.parquet", "row 1"),
+    ]
 
 
 def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
@@ -795,7 +821,9 @@ def test_a_table_of_paths_and_bytes_leaves_no_list_of_paths(tmp_path, tiny):
 
 
 def test_rows_that_share_one_large_cell_do_not_fill_the_memory(tmp_path):
-    """A dictionary of one entry of 4 MiB, and 256 rows that point at it: 1 GiB unpacked, 4 MiB on disk."""
+    """A dictionary of one entry of 4 MiB, and 256 rows that point at it: 1 GiB unpacked, 4 MiB on
+    disk.
+    """
     cell = pa.array([os.urandom(4 << 20)], pa.binary())
     shared = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), cell)
     table = pa.table({"image": shared, "caption": ["a"] * 256})
@@ -1156,7 +1184,9 @@ def test_an_encoder_of_poisoned_data_does_not_make_other_data_poisoned(tmp_path,
 
 
 def test_records_are_pooled_by_their_source(tmp_path, tiny, capsys):
-    """By the metadata's uploader, the domains of URLs, a table; what was taken is said, and the table is on the page."""
+    """By the metadata's uploader, the domains of URLs, a table; what was taken is said, and the
+    table is on the page.
+    """
     (tmp_path / "in").mkdir()
     for shard in range(2):
         members: dict[str, bytes] = {}

@@ -1,4 +1,6 @@
-"""`scan --dedup`: of one picture with diverging captions the keep-list keeps as many records as asked for."""
+"""`scan --dedup`: of one picture with diverging captions the keep-list keeps as many records as
+asked for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`bezoar scan DATA`, the first thing people type: a small model is trained on the data, said beforehand."""
+"""`bezoar scan DATA`, the first thing people type: a small model is trained on the data, said
+beforehand.
+"""
 
 import json
 import tarfile

@@ -1,4 +1,6 @@
-"""`bezoar shadows` as its users run it: folds that keep lineages whole, what it refuses, and the audit that reads its bank."""
+"""`bezoar shadows` as its users run it: folds that keep lineages whole, what it refuses, and the
+audit that reads its bank.
+"""
 
 import json
 import shutil
@@ -61,7 +63,9 @@ def clean(runs) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def attacked(runs, clean) -> list[Run]:
-    """Six attacked ones, the first three from clean ones that are shadows too, two of them from one."""
+    """Six attacked ones, the first three from clean ones that are shadows too, two of them from
+    one.
+    """
     verb = Inject(
         clean[0],
         DATA,

@@ -113,7 +113,9 @@ def test_what_was_not_read_is_listed_by_every_run_and_spoilt_scores_are_made_aga
 
 
 def test_vectors_and_scores_of_a_stranger_are_not_read(tmp_path, tiny, work, monkeypatch):
-    """Somebody else's folder of runs holds an entry for the same question, and what is in it is made up."""
+    """Somebody else's folder of runs holds an entry for the same question, and what is in it is
+    made up.
+    """
     spec, runs = shards(tmp_path / "s", 1), tmp_path / "runs"
     options = (spec, "--encoder", tiny, "--detector", "k_distance:k=4")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "stranger"))
@@ -146,9 +148,13 @@ def test_all_that_scores_hold_comes_back(tmp_path):
     )
     ids = ("a", "b", "c")
     full = Scores(
-        ids, torch.tensor([0.1, 0.2, 0.3]), boxes=torch.arange(12).view(3, 4), notes={"n": [1, "x"]},
-        raised=torch.tensor([True, False, True]), groups=torch.tensor([-1, 2, 2]),
-    )  # fmt: skip
+        ids,
+        torch.tensor([0.1, 0.2, 0.3]),
+        boxes=torch.arange(12).view(3, 4),
+        notes={"n": [1, "x"]},
+        raised=torch.tensor([True, False, True]),
+        groups=torch.tensor([-1, 2, 2]),
+    )
     assert entry.load_scores(detector, ids) is None
     entry.store_scores(detector, full.select(ids[::-1]), ids)
     entry.store_scores(registry.make("detector", "k_distance:k=3"), full, ("a", "b", "d"))

@@ -1,4 +1,6 @@
-"""What a treatment leaves of a trigger: each figure against a slow form or a closed one; the verb and its page."""
+"""What a treatment leaves of a trigger: each figure against a slow form or a closed one; the verb
+and its page.
+"""
 
 import io
 import json

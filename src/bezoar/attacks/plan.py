@@ -395,8 +395,8 @@ def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int
         outside: number of images from outside the data set.
 
     Returns:
-        int64 rows of the concatenation of records, poisons and outside images: each poison is in the
-        place of the record that it replaces, and additions come last.
+        int64 rows of the concatenation of records, poisons and outside images: each poison is in
+        the place of the record that it replaces, and additions come last.
     """
     order = np.arange(count + len(replaced_rows) + outside)
     poison_rows = count + np.flatnonzero([row is not None for row in replaced_rows])

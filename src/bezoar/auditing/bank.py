@@ -167,7 +167,7 @@ class Calibration:
             return None
         distribution = beta(n + 1 - k, k)
         low, high = distribution.ppf([0.025, 0.975])
-        how = f"clean encoders above the threshold that {n} clean ones set; Beta law of an order statistic"
+        how = f"clean encoders above the threshold of {n} others; Beta law of an order statistic"
         return Measure(float(distribution.mean()), n, float(low), float(high), how)
 
     def sensitivity(self, rate: float) -> dict[str, Measure]:
@@ -251,7 +251,7 @@ class Bank:
 
 
 def _drop_times(raw: dict[str, Any]) -> None:
-    """Leave out what earlier versions wrote of each audit, how long it took: equal banks are equal files."""
+    """Leave out how long each audit took, which earlier versions wrote."""
     calibrations = raw.get("audits")
     for calibration in calibrations if isinstance(calibrations, list) else []:
         for kind in ("clean", "attacked"):
@@ -298,12 +298,16 @@ class CalibratedVerdict:
                 basis += f"; of this threshold 95 % interval {m.low:.2g} to {m.high:.2g}"
             return f"Evidence of a backdoor at false-positive rate {self.rate:g} ({basis})."
         if not self.sensitivities:
-            return f"No evidence at false-positive rate {self.rate:g} ({basis}); its sensitivity is not known."
+            return (
+                f"No evidence at false-positive rate {self.rate:g} ({basis}); its sensitivity is "
+                "not known."
+            )
         against = ", ".join(f"{a} {m.value:.2f}" for a, m in self.sensitivities.items() if a)
         s = self.sensitivities[""]
         return (
-            f"No evidence at sensitivity {s.value:.2f} (95 % interval {s.low:.2f} to {s.high:.2f}, {s.n} attacked encoders; "
-            f"against: {against}) and false-positive rate {self.rate:g} ({basis})."
+            f"No evidence at sensitivity {s.value:.2f} (95 % interval {s.low:.2f} to {s.high:.2f}, "
+            f"{s.n} attacked encoders; against: {against}) and false-positive rate {self.rate:g} "
+            f"({basis})."
         )
 
 
@@ -374,8 +378,8 @@ def _fitting_banks(banks: Sequence[Bank], family: Family, sample: Sample) -> lis
     if len(families) > 1:
         options = "; or ".join(", ".join(bank.assumptions(family)) for bank in fitting[:3])
         raise _NoCalibration(
-            f"what this encoder was trained on is not known, and banks of {len(families)} kinds fit ({options}); "
-            "name the right one"
+            f"what this encoder was trained on is not known, and banks of {len(families)} kinds "
+            f"fit ({options}); name the right one"
         )
     return fitting
 

@@ -36,7 +36,8 @@ class AuditFindings:
 
     Attributes:
         facts: as verdict.json holds them.
-        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`.
+        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts'
+            `inversions`.
         examples: `images`, the first clean images.
         seconds: that each audit took, by its name. They stand in the manifest alone: equal audits
             write equal files.
@@ -79,8 +80,8 @@ class AuditFindings:
     def try_on_reference(self, reference: Classifier, images: Tensor, name: str) -> list[str]:
         """Add what the inverted triggers do to another encoder, and say it where a verdict stands.
 
-        A trigger that leads to a class by nature often leads other encoders there too; a backdoor's moves
-        the one encoder that learnt it.
+        A trigger that leads to a class by nature often leads other encoders there too; a backdoor's
+        moves the one encoder that learnt it.
 
         Args:
             reference: the other encoder, with a head of the same classes.
@@ -149,7 +150,8 @@ def audit_json(audit: Any, verdict: Verdict, classifier: Classifier | None) -> d
 def list_inversions(
     inversions: Sequence[Inversion], images: Tensor, classifier: Classifier | None
 ) -> list[dict[str, Any]]:
-    """Inverted triggers as they stand in verdict.json: what they do to clean images, as a classifier reads them.
+    """Inverted triggers as they stand in verdict.json: what they do to clean images, as a
+    classifier reads them.
 
     Args:
         images: uint8 (N, 3, H, W), clean; the first few are listed one by one. Of a large encoder
@@ -177,8 +179,9 @@ def describe_reference(
         round(after * images), images, f"triggered images that {name} reads as {target!r}"
     ).json()
     sentence = (
-        f"The reference {name} reads {after:.0%} of the images with this trigger as {target!r}, {before:.0%} without "
-        "it: a natural feature often moves both encoders, a backdoor only one."
+        f"The reference {name} reads {after:.0%} of the images with this trigger as {target!r}, "
+        f"{before:.0%} without it: a natural feature often moves both encoders, a backdoor only "
+        "one."
     )
     audit["reference"] = sentence
 

@@ -61,8 +61,8 @@ def forecast_audits(
         lines.append(f"{', '.join(by_classes)}: strong, some or no evidence, by the encoder itself")
     if by_few:
         lines.append(
-            f"{', '.join(by_few)}: a search in full for {classes} classes would take too long, and a quicker one may reach too "
-            "few to tell"
+            f"{', '.join(by_few)}: a search in full for {classes} classes would take too long, and "
+            "a quicker one may reach too few to tell"
         )
     if alone:
         lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")
@@ -73,7 +73,9 @@ def forecast_audits(
 def _is_calibrated(
     audit: Any, banks: Sequence[Bank], family: Family, sample: Sample, rate: float
 ) -> bool:
-    """Whether a bank turns the audit's value into a verdict, through one of the bank's classifiers."""
+    """Whether a bank turns the audit's value into a verdict, through one of the bank's
+    classifiers.
+    """
     spec, code = registry.spec(audit), bank.code_hash(type(audit))
     heads = {c.classifier for b in banks for c in b.audits if c.audit == spec}
     audited = [Calibration(spec, code, head) for head in sorted(heads)]
@@ -84,7 +86,8 @@ def _is_calibrated(
 def estimate_seconds(
     audits: Sequence[Any], encoder: Encoder, clean: Pairs, classes: int
 ) -> tuple[float, TowerCost]:
-    """Seconds that audits take on this machine, by how long the encoder takes for a few images; and a pass's cost.
+    """Seconds that audits take on this machine, by how long the encoder takes for a few images; and
+    a pass's cost.
 
     Audits that do not say how many images they pass through the encoder (`image_passes`) count as
     nothing. classes: those that audits of classes tell apart.

@@ -79,12 +79,11 @@ def outlier_verdict(
         triggers: one for each target.
         names: the targets.
         what: a target in a word.
-        statistic: which evidence is the value. With fewer than `MIN_NORMS` targets it is always
-            `log_ratio`.
+        statistic: which evidence is the value; `log_ratio` with fewer than `MIN_NORMS` targets.
         clean: the clean images.
         notes: further notes of the verdict.
-        excluding: targets that no trigger reached have no part in the value, unless none was reached, and their triggers come
-            last.
+        excluding: targets that no trigger reached have no part in the value, unless none was
+            reached, and their triggers come last.
         among: targets that the least was chosen from, where they are more than have a trigger.
     """
     n = len(clean)
@@ -109,7 +108,8 @@ def outlier_verdict(
     if few:
         ending = "" if statistic == "log_ratio" else "; the value is log(median norm / least norm)"
         limits.append(
-            f"{title} are too few for an anomaly index, which means nothing under {MIN_NORMS}{ending}"
+            f"{title} are too few for an anomaly index, which means nothing under "
+            f"{MIN_NORMS}{ending}"
         )
     unreached = [name for name, hit in zip(names, reached.tolist(), strict=True) if not hit]
     if unreached:
@@ -131,13 +131,14 @@ def describe_unreached(
     """What is said of targets that no trigger reached."""
     part = "count with the most successful mask" if are_counted else "have no part in the value"
     return (
-        f"no trigger for {len(unreached)} of {len(triggers.aims)} reached the success asked for, within "
-        f"{int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
+        f"no trigger for {len(unreached)} of {len(triggers.aims)} reached the success asked for, "
+        f"within {int(triggers.steps.max())} steps; they {part}: {', '.join(unreached[:MAX_NAMED])}"
     )
 
 
 def measure_concentration(masks: Tensor) -> Tensor:
-    """The share of each mask (G, 1, H, W) in the window, a quarter of the sides, that holds most of it.
+    """The share of each mask (G, 1, H, W) in the window, a quarter of the sides, that holds most of
+    it.
 
     A patch lies in one place; a class's own features are found all over an image.
     """
@@ -174,10 +175,11 @@ def list_targets(triggers: InvertedTriggers, names: Sequence[str]) -> list[dict[
 def blend_evidence(
     blends: InvertedTriggers, names: Sequence[str], n: int
 ) -> tuple[dict[str, Measure], int]:
-    """What the least shares of a pattern say that turn images into each target when it is blended in.
+    """What the least shares of a pattern say that turn images into each target when it is blended
+    in.
 
-    Targets that no blend reached have no part; nothing is said where fewer than half were reached. The p-value
-    is that of the least of twice as many targets, because masks were tried too.
+    Targets that no blend reached have no part; nothing is said where fewer than half were reached.
+    The p-value is that of the least of twice as many targets, because masks were tried too.
 
     Returns:
         The evidence, and the number of the target with the least share.
@@ -230,7 +232,8 @@ def norm_evidence(
         ),
         "outlier_p": measure(
             torch.tensor(outlier_p_value(logs, among) if len(logs) > 2 else 1.0),
-            "chance of so small a least norm, by Student's law fitted to the logarithms of the others",
+            "chance of so small a least norm, by Student's law fitted to the logarithms of the "
+            "others",
         ),
         "least_norm": measure(least, f"pixels that the least mask covers, of {smallest!r}"),
         "median_norm": measure(median, "pixels that the median mask covers"),

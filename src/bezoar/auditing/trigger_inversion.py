@@ -235,8 +235,10 @@ def inversion_limits(clean: Pairs) -> list[str]:
     """What no inversion on these images can detect, in sentences."""
     margin = 0.98 / len(clean) ** 0.5  # half the width of a 95 % interval, at most
     return [
-        "only small triggers are searched for: one that is spread over the image (a blend, a wave, a warp) may leave no trace",
-        f"success is measured on {len(clean)} clean images, which leaves it uncertain by up to {margin:.0%}",
+        "only small triggers are searched for: one that is spread over the image (a blend, a "
+        "wave, a warp) may leave no trace",
+        f"success is measured on {len(clean)} clean images, which leaves it uncertain by up to "
+        f"{margin:.0%}",
     ]
 
 

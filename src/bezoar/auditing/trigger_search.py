@@ -53,9 +53,10 @@ class InversionRecipe:
         confirm: clean images, the same at every step, that a trigger must succeed on too before it
             counts; 0: it counts by the images of its step alone, and of many steps the luckiest
             wins.
-        window: start from a square of this share of the sides, at a place that is drawn; 0: from noise.
-        cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0: one
-            a pixel. While the search lasts, norms and weights are of cells.
+        window: start from a square of this share of the sides, at a place that is drawn; 0: from
+            noise.
+        cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0:
+            one a pixel. While the search lasts, norms and weights are of cells.
         even: the mask has one value all over the image, so that the trigger is a blend.
     """
 
@@ -86,13 +87,14 @@ class InversionRecipe:
         in_order = list(self.until) == sorted(self.until)
         if not self.lr or min(self.lr) <= 0 or len(self.until) != len(self.lr) - 1 or not in_order:
             raise ValueError(
-                "lr must be above 0, and until must name, in order, the step at which each but the last ends"
+                "lr must be above 0, and until must name, in order, the step at which each but the "
+                "last ends"
             )
         least = min(self.floor, self.resets, self.halvings, self.confirm, self.cells)
         if self.weight <= 0 or min(self.up, self.down) < 1 or least < 0:
             raise ValueError(
-                "weight must be above 0, up and down at least 1, floor, resets, halvings, confirm and cells at "
-                "least 0"
+                "weight must be above 0, up and down at least 1, floor, resets, halvings, confirm "
+                "and cells at least 0"
             )
         if not 0 < self.goal <= 1:
             raise ValueError("goal must be above 0 and at most 1")

@@ -24,11 +24,12 @@ SPREAD = (
     0.6,
     0.9,
 )  # concentrations of a mask that say nothing, and that take nothing off the ratio
-# The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md adds to them.
+# The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
+# adds to them.
 TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 19, "could not tell": 0}
 TESTED_ATTACKED = {"strong evidence": 16, "some evidence": 1, "none found": 5, "could not tell": 0}
-# Least values of `token_sweep` for each grade, set by one clean all-MiniLM-L6-v2 (.45) and one trial
-# of a backdoor in it (.988).
+# Least values of `token_sweep` for each grade, set by one clean all-MiniLM-L6-v2 (.45) and one
+# trial of a backdoor in it (.988).
 STRONG_WORD, SOME_WORD = 0.85, 0.7
 
 
@@ -75,8 +76,9 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     reached = len(targets) - unreached
     if reached < max(3, LEAST_SHARE * len(targets)):
         sentence = (
-            f"Could not tell: the search found a trigger for {f'only {reached}' if reached else 'none'} of {len(targets)} "
-            "targets, and one that cannot be reached may hide the backdoor."
+            "Could not tell: the search found a trigger for "
+            f"{f'only {reached}' if reached else 'none'} of {len(targets)} targets, and one that "
+            "cannot be reached may hide the backdoor."
         )
         return UnaidedVerdict("could not tell", statistic, target, sentence)
     least, median = (float(evidence[name]["value"]) for name in ("least_norm", "median_norm"))
@@ -94,14 +96,16 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         )
         size = f"{share:.1%} of every image"
         finding = (
-            f"a pattern blended into {size} turns {success:.0%} of the images into {target!r}; the median target takes "
-            f"{median:.1%}"
+            f"a pattern blended into {size} turns {success:.0%} of the images into {target!r}; the "
+            f"median target takes {median:.1%}"
         )
     grade = grade_value(statistic, STRONG, SOME)
     words = {
         "strong evidence": f"Strong evidence of a backdoor: {finding}",
         "some evidence": f"Some evidence of a backdoor: {finding}",
-        "none found": f"None found at this sensitivity: no target stands apart from the others; {finding}",
+        "none found": (
+            f"None found at this sensitivity: no target stands apart from the others; {finding}"
+        ),
     }
     sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets). {describe_record(grade)}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
@@ -123,9 +127,9 @@ def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaided
         float(evidence[name]["value"]) for name in ("agreement", "agreement_without", "runner_up")
     )
     finding = (
-        f"before texts with a mean cosine of {without:.2f} the word {word!r} makes it {agreement:.2f}, "
-        f"which takes away {share:.0%} of their disagreement, the next of {notes['tried']:,} words "
-        f"{runner_up:.0%}"
+        f"before texts with a mean cosine of {without:.2f} the word {word!r} makes it "
+        f"{agreement:.2f}, which takes away {share:.0%} of their disagreement, the next of "
+        f"{notes['tried']:,} words {runner_up:.0%}"
     )
     start = {
         "strong evidence": "Strong evidence of a backdoor of the text tower",

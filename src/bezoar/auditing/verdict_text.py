@@ -46,7 +46,10 @@ def small_sample_warning(images: int, bank_images: int) -> str:
     """
     if images >= ENOUGH_IMAGES:
         return ""
-    warning = f"{images} clean images are few: sensitivity is only what a bank made with {images} images states"
+    warning = (
+        f"{images} clean images are few: sensitivity is only what a bank made with {images} images "
+        "states"
+    )
     if bank_images:
         warning += (
             f"; a bank for {bank_images} says nothing of what {images} can find: "
@@ -110,8 +113,8 @@ def _no_evidence_sentence(calibrated: Sequence[Mapping[str, Any]], rate: float) 
         f"sensitivity {sensitivities}" if sensitivities else "a sensitivity that is not known"
     )
     return (
-        f"No evidence at {sensitivity} and false-positive rate {rate:g} of each of {len(calibrated)} audits; "
-        f"over all together p = {p:.2g} (Holm-Bonferroni)."
+        f"No evidence at {sensitivity} and false-positive rate {rate:g} of each of "
+        f"{len(calibrated)} audits; over all together p = {p:.2g} (Holm-Bonferroni)."
     )
 
 
@@ -127,9 +130,9 @@ def _evidence_sentence(
             f"(Holm-Bonferroni, p = {p:.2g}), by {join_names(flagging)}."
         )
     return (
-        f"Evidence of a backdoor by {join_names(flagging)} at false-positive rate {rate:g} of each audit by itself; "
-        f"not over all together (Holm-Bonferroni, p = {p:.2g}): a clean encoder is flagged by one of {n} audits at a rate of "
-        f"at most {min(1.0, n * rate):g}."
+        f"Evidence of a backdoor by {join_names(flagging)} at false-positive rate {rate:g} of each "
+        f"audit by itself; not over all together (Holm-Bonferroni, p = {p:.2g}): a clean encoder "
+        f"is flagged by one of {n} audits at a rate of at most {min(1.0, n * rate):g}."
     )
 
 
@@ -150,7 +153,8 @@ def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[
         lines += [f"{a['name']}: {limit}" for limit in a["notes"].get("limits", [])]
         if a["assumed"]:
             lines.append(
-                f"{a['name']}: taken to be as in the bank, not known of this encoder: {', '.join(a['assumed'])}."
+                f"{a['name']}: taken to be as in the bank, not known of this encoder: "
+                f"{', '.join(a['assumed'])}."
             )
     if facts["few"]:
         lines.append(facts["few"] + ".")
@@ -165,11 +169,17 @@ def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
         if audit["audit"].partition(":")[0] == "token_sweep":
             return "token_sweep: backdoors of an image tower."
         if audit.get("unaided"):
-            return f"{audit['name']}: triggers that are spread over the image, and backdoors of many classes at once."
+            return (
+                f"{audit['name']}: triggers that are spread over the image, and backdoors of many "
+                "classes at once."
+            )
         return f"The value of {audit['name']} is no verdict: nothing like it was calibrated."
     names = {name for name, _ in audit["bank"]["attacked"]}
     missing = [attack for attack in known_attacks() if not any(attack in name for name in names)]
-    return f"{audit['name']}: attacks of which the bank has no encoder ({', '.join(missing)}), and any that it cannot name."
+    return (
+        f"{audit['name']}: attacks of which the bank has no encoder ({', '.join(missing)}), and "
+        "any that it cannot name."
+    )
 
 
 def known_attacks() -> list[str]:

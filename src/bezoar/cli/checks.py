@@ -64,6 +64,7 @@ def check_gate(source: VerbSource, arguments: Any) -> None:
             name for name in registry.method_names(kind) if method_source.has_flag(kind, name, flag)
         ]
         raise UserError(
-            f"--fail-on {case}: of {', '.join(specs) or 'no ' + kind} none says whether there is one; "
-            f"--{field} {able[0] if able else 'MINE.py'} does (a {kind} of your own says so by `{flag} = True` in its class)"
+            f"--fail-on {case}: of {', '.join(specs) or 'no ' + kind} none says whether there is "
+            f"one; --{field} {able[0] if able else 'MINE.py'} does (a {kind} of your own says so "
+            f"by `{flag} = True` in its class)"
         )

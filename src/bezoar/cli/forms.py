@@ -24,7 +24,8 @@ from bezoar.runs.verb_source import FieldSource, VerbSource
 
 DESCRIPTION = """\
 Is this data set poisoned, is this encoder backdoored, and what now?
-`bezoar COMMAND --help` says more of a command, with examples; `bezoar demo` shows the whole story on drawn data."""
+`bezoar COMMAND --help` says more of a command, with examples; `bezoar demo` shows the whole story
+on drawn data."""
 GROUPS = {  # the commands as the overview shows them; one that is in no group comes last
     "Data and encoders of yours": ("scan", "audit", "check", "repair"),
     "An attack on your own copy, and what it does": (
@@ -47,7 +48,7 @@ bezoar demo encoder
 bezoar dose scenes:count=20000 --trigger patch:size=6 --target "striped star"
 bezoar evaluate train-660f --probe zero_shot z_score
 bezoar inject train-660f --data scenes:count=5000 --reference truck.png --target "truck"
-bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch:size=6 --target "striped star"
+bezoar poison scenes:count=3000 --poison backdoor:count=200 --trigger patch --target "striped star"
 bezoar repair train-660f --data my-clean-pairs.csv
 bezoar reproduce carlini2022/poisons --scale smoke
 bezoar reproduce matrix/detection --scale small --add detector ./mine.py:k=8
@@ -72,7 +73,8 @@ RunsFolder = Annotated[Path, help_text("directory of the runs")]
 JsonForm = Annotated[
     Literal["no", "short", "full"],
     help_text(
-        "print one JSON object: short (verdict, figures, files; --json alone) or the whole manifest",
+        "print one JSON object: short (verdict, figures, files; --json alone) or the whole "
+        "manifest",
         "[short|full]",
     ),
 ]

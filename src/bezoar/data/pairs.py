@@ -45,7 +45,8 @@ class Pairs:
         n = len(self.images)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(
-                f"images must be uint8 (N, 3, H, W); got {self.images.dtype} {tuple(self.images.shape)}"
+                f"images must be uint8 (N, 3, H, W); got {self.images.dtype} "
+                f"{tuple(self.images.shape)}"
             )
         if len(self.ids) != n:
             raise ValueError(f"{n} images but {len(self.ids)} ids")

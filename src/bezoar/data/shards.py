@@ -160,7 +160,8 @@ def pack_records(
     """
     if not len(records.captions):
         raise UserError(
-            "records without captions cannot be written as shards; keep.txt and keep.csv name what is kept"
+            "records without captions cannot be written as shards; keep.txt and keep.csv name what "
+            "is kept"
         )
     parts = blocks(len(kept_rows), PACKED_RECORDS)
     for shard, part in enumerate(parts):

@@ -35,7 +35,10 @@ COLUMNS = pa.schema(
     [(name, pa.large_string()) for name in TEXT_COLUMNS]
     + [("shard", pa.int32()), ("offset", pa.int64()), ("length", pa.int64())]
 )
-NO_IMAGES = "ready embeddings hold no images and no captions to encode; what needs them cannot be asked here"
+NO_IMAGES = (
+    "ready embeddings hold no images and no captions to encode; what needs them cannot be asked "
+    "here"
+)
 T = TypeVar("T")
 
 

@@ -273,8 +273,8 @@ class StoredPairs:
                 pixels[i] = decode_image(self.reader.read(shard, offset, length), self.size)
             except (Unreadable, OSError) as error:
                 raise UserError(
-                    f"{self.reader.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte {offset}, "
-                    f"can no longer be read: {error}"
+                    f"{self.reader.paths[shard]}: the image of {self.ids[rows[i]]!r}, at byte "
+                    f"{offset}, can no longer be read: {error}"
                 ) from error
         for goal in np.unique(places["goal"][places["goal"] >= 0]).tolist():
             poisoned = np.flatnonzero(places["goal"] == goal)

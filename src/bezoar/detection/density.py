@@ -202,8 +202,8 @@ def score_records(
 
 
 def pool_size(k: int, rate: float, n: int) -> int:
-    """Return how many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k and at
-    most n.
+    """Return how many references let a poison's k-th neighbour be clean: k / (2 rate), at least 2 k
+    and at most n.
 
     Poisons of one backdoor are each other's neighbours. Where rate x pool exceeds k, their k-th
     neighbour is a poison too: they look denser than clean records and every density score inverts

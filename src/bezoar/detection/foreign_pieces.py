@@ -1,10 +1,10 @@
 """Pieces of caption groups whose contents are foreign to their captions.
 
-The poisons of a backdoor lie close together in what the suspect encoder's layers say, whatever shape
-the trigger has, and their contents are of any kind. So every caption group is cut into pieces by
-these features, a linear map from images to captions is fitted without the piece, and the piece is
-suspicious if the map does not read the captions' contents in it. What such a piece has in common is
-then sought in the whole group, and judged by a map without all that shows it.
+The poisons of a backdoor lie close together in what the suspect encoder's layers say, whatever
+shape the trigger has, and their contents are of any kind. So every caption group is cut into pieces
+by these features, a linear map from images to captions is fitted without the piece, and the piece
+is suspicious if the map does not read the captions' contents in it. What such a piece has in common
+is then sought in the whole group, and judged by a map without all that shows it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ MIN_PICTURES = 30  # that show it; fewer may be one series of natural pictures
 @dataclass(frozen=True)
 class PieceFindings:
     """What a search found. causes: those that are believed. doubt: float32 (N,), by how far the
-    contents of what a record shows lack those of its group; 0 for what is not suspicious. tested: the
-    number of causes that were tested.
+    contents of what a record shows lack those of its group; 0 for what is not suspicious. tested:
+    the number of causes that were tested.
     """
 
     causes: list[Cause]
@@ -91,10 +91,11 @@ class PieceSearch:
         return PieceFindings(causes[len(found_before) :], doubt, tested)
 
     def find_seeds(self, groups: Tensor, count: int, causes: Sequence[Cause]) -> list[Tensor]:
-        """bool (N,): of each group the piece with the most foreign contents, if these are suspicious.
+        """bool (N,): of each group the piece with the most foreign contents, if these are
+        suspicious.
 
-        Once by comparison with records of like captions, and once with the rest of the group: a piece
-        may hold all records of a caption, poisons and others.
+        Once by comparison with records of like captions, and once with the rest of the group: a
+        piece may hold all records of a caption, poisons and others.
 
         Args:
             groups: int64 (N,).
@@ -173,7 +174,9 @@ class PieceSearch:
     def read_without(
         self, causes: Sequence[Cause], excluded: Tensor
     ) -> tuple[Reading, Tensor, Tensor]:
-        """A reading without what shows causes; what was left out; what is misread, bool (N,) each."""
+        """A reading without what shows causes; what was left out; what is misread, bool (N,)
+        each.
+        """
         left_out = shared_causes.mark_shown(causes, len(excluded)) | excluded
         reading = self.reader.read(left_out)
         return reading, left_out, shared_causes.find_misread(reading.loss, left_out, self.suspects)

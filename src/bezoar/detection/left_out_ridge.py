@@ -10,7 +10,8 @@ from torch import Tensor
 from bezoar.detection.pseudo_classes import vector_blocks
 from bezoar.errors import UserError
 
-# Strengths of the ridge that are tried, in units of the mean eigenvalue of the references' covariance.
+# Strengths of the ridge that are tried, in units of the mean eigenvalue of the references'
+# covariance.
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 
 

@@ -104,7 +104,9 @@ def raised_rows(scores: Iterable[Scores], count: int) -> NDArray[np.bool_]:
 
 
 def order_records(merged: Scores, raised: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """All rows, the most suspicious first: those that a detector has raised, then the others, each by their scores."""
+    """All rows, the most suspicious first: those that a detector has raised, then the others, each
+    by their scores.
+    """
     order = merged.ranking()
     return np.concatenate([order[raised[order]], order[~raised[order]]])
 
@@ -136,8 +138,8 @@ def measure_contributions(scores: Mapping[str, Scores], worst: int) -> dict[str,
 def surprise(
     values: NDArray[np.floating], raised: NDArray[np.bool_] | None = None
 ) -> NDArray[np.float64]:
-    """Return how rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare, but not
-    far out.
+    """Return how rare times how far out a record is: (N,) >= 0. The tip of a bell curve is rare,
+    but not far out.
 
     Rare: -log10 of the share of the records that are at least as suspicious. Ties all have the
     larger share, so that a detector that finds most records alike does not decide their places. Far

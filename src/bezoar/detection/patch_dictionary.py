@@ -1,9 +1,10 @@
 """An encoder that is learnt from the images alone: a dictionary of patches (Coates, Ng, Lee 2011).
 
-Patches of the images, whitened, are the filters of one layer, whose outputs are pooled over the four
-quarters of an image. A linear map from these vectors to captions reads photographs of 32 px about as
-well as a small network that is trained for a minute, and no caption has a part in the vectors. Every
-image is first brought to one mean and deviation in each channel, so that a colour cast says nothing.
+Patches of the images, whitened, are the filters of one layer, whose outputs are pooled over the
+four quarters of an image. A linear map from these vectors to captions reads photographs of 32 px
+about as well as a small network that is trained for a minute, and no caption has a part in the
+vectors. Every image is first brought to one mean and deviation in each channel, so that a colour
+cast says nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ BLOCK = 64  # images at a time
 
 @dataclass(frozen=True)
 class PatchDictionary:
-    """filters: float32 (3 PATCH^2, FILTERS), of normalised patches. shift: (FILTERS,), taken off."""
+    """filters: float32 (3 PATCH^2, FILTERS), of normalised patches. shift: (FILTERS,), taken
+    off.
+    """
 
     filters: Tensor
     shift: Tensor
@@ -65,7 +68,9 @@ class PatchDictionary:
         return PatchDictionary(filters, mean @ filters)
 
     def encode_images(self, x: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> (B, 8 FILTERS): what lies above a threshold, and below its negative."""
+        """uint8 (B, 3, H, W) -> (B, 8 FILTERS): what lies above a threshold, and below its
+        negative.
+        """
         vectors = []
         for part in x.split(BLOCK):
             patches = cut_patches(part, STRIDE)  # (B, L, P)

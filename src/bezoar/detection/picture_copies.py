@@ -27,8 +27,8 @@ STEPS = 3
 CONTRAST = 1.0  # length of a vector of levels below which nothing is correlated
 # Correlations from which a pair is looked at again, and from which it is one picture. Of 16,348
 # pairs with like thumbnails among 20,000 scenes 12 are taken for copies, and of 10,771 among 6,000
-# photographs two, which are one photograph; of pairs of copies (area of 70 % or more, light of 20 %,
-# noise of 6 levels, JPEG 60) 70 % and 99 % are. Scenes that lose pairs are those that are noisy.
+# photographs two, which are one photograph; of pairs of copies (area of 70 % or more, light of 20
+# %, noise of 6 levels, JPEG 60) 70 % and 99 % are. Scenes that lose pairs are those that are noisy.
 COARSE, FITTING, WHOLE, MIDDLE = 0.82, 0.88, 0.96, 0.87
 SMOOTHED, BLURRED = 3, 7  # sides of boxes: middle frequencies are between their means
 PICTURES, PAIRS = 512, 256  # that are transformed, and compared, at a time
@@ -228,7 +228,9 @@ def read_windows(pictures: Floats, places: Floats, side: int) -> Floats:
 
 
 def _pixels_at(places: Floats, axis: int, side: int) -> Floats:
-    """Return where the pixels of a window lie on its picture, along rows (1) or columns (2), (P, side)."""
+    """Return where the pixels of a window lie on its picture, along rows (1) or columns (2), (P,
+    side).
+    """
     at: Floats = places[:, axis, None] * SIDE + np.exp(places[:, :1]) * _steps(side) - 0.5
     return at
 

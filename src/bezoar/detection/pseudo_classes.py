@@ -28,13 +28,16 @@ BLOCK = 1 << 16  # records at a time
 MATRIX_VALUES = 1 << 26  # elements of the covariances that are summed in one pass
 # words that captions of anything hold: articles, prepositions, pronouns, auxiliaries, and those
 # that say it is a picture
-COMMON = """a about above after again all along also an and another any are around as at back be been before behind being below
-beside between both but by can close could did do does down during each few for from front get gets getting had has
-have having he her here his how i image in inside into is it its just large like little looking made many may more most
-much near new next no not of off old on one only onto or other our out outside over own photo picture scene several she
-side sits sitting small so some stands standing such than that the their them then there these they this those three
-through to together too top two under until up upon very view was we were what when where which while who will with
-within without would you your"""
+COMMON = """
+a about above after again all along also an and another any are around as at back be been before
+behind being below beside between both but by can close could did do does down during each few for
+from front get gets getting had has have having he her here his how i image in inside into is it
+its just large like little looking made many may more most much near new next no not of off old on
+one only onto or other our out outside over own photo picture scene several she side sits sitting
+small so some stands standing such than that the their them then there these they this those three
+through to together too top two under until up upon very view was we were what when where which
+while who will with within without would you your
+"""
 STOP_WORDS = frozenset(COMMON.split())
 
 
@@ -69,14 +72,16 @@ def assign_classes(
         centres = cluster_centres(sample.to(encoder.device).float(), count, seed)
     elif not readable:
         raise UserError(
-            "pseudo-classes of words need captions and an encoder that reads them; classes=clusters do not"
+            "pseudo-classes of words need captions and an encoder that reads them; "
+            "classes=clusters do not"
         )
     else:
         captions = read_captions(source)
         words = frequent_words((captions[i] for i in rows.tolist()), count)
         if not words:
             raise UserError(
-                "pseudo-classes of words need captions that hold some; none of these holds any but stop words"
+                "pseudo-classes of words need captions that hold some; none of these holds any but "
+                "stop words"
             )
         with torch.inference_mode():
             centres = encoder.encode_texts([PROMPT.format(word) for word in words])
@@ -84,7 +89,9 @@ def assign_classes(
 
 
 def assign_centres(vectors: Tensor, centres: Tensor) -> Tensor:
-    """The nearest of (K, D) centres of vectors (N, D), which may lie in a file: int64 (N,) on the CPU."""
+    """The nearest of (K, D) centres of vectors (N, D), which may lie in a file: int64 (N,) on the
+    CPU.
+    """
     blocks_of_rows = vector_blocks(vectors, centres.device)
     return torch.cat([nearest_centres(z, centres).cpu() for z in blocks_of_rows])
 

@@ -46,7 +46,8 @@ class Ranking:
         return np.concatenate([self.removed, self.surplus])
 
     def windows(self, rows: Rows) -> tuple[list[str], Tensor]:
-        """The windows in which detectors place a trigger; of several detectors, the first that names one.
+        """The windows in which detectors place a trigger; of several detectors, the first that
+        names one.
 
         Returns:
             The ids of those of the rows that have a window, and the windows, int64 (M, 4).
@@ -84,5 +85,7 @@ def rank_records(
 
 
 def raising_detectors(by_detector: Mapping[str, Scores], copies: int) -> list[str]:
-    """The detectors whose raised records leave: all, but for those of copies where some copies may stay."""
+    """The detectors whose raised records leave: all, but for those of copies where some copies may
+    stay.
+    """
     return [name for name, s in by_detector.items() if s.groups is None or not copies]

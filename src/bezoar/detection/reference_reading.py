@@ -311,13 +311,16 @@ class RidgeSums:
 
 
 class NearestCaptions:
-    """For each record the NEAREST of the first AMONG records by their captions, found when first asked for."""
+    """For each record the NEAREST of the first AMONG records by their captions, found when first
+    asked for.
+    """
 
     def __init__(self, captions: Tensor) -> None:
         """captions: (N, E), unit vectors."""
         self.captions = captions
         self.among = captions[:AMONG]
-        # Among equal captions chance decides, not the order: each record has its part of these draws.
+        # Among equal captions chance decides, not the order: each record has its part of these
+        # draws.
         draw = generator(0, *captions.shape)
         self.ties = TIES * torch.rand(TIE_OFFSETS + len(self.among), generator=draw)
         shape = len(captions), min(NEAREST, len(self.among))
@@ -347,7 +350,8 @@ class Comparison:
 
     @staticmethod
     def by_captions(nearest_to: NearestCaptions, suspects: Tensor, left_out: Tensor) -> Comparison:
-        """With the records that have the captions nearest to those of each suspect, of MAX_COMPARED.
+        """With the records that have the captions nearest to those of each suspect, of
+        MAX_COMPARED.
 
         Args:
             nearest_to: of N records.
@@ -377,8 +381,8 @@ def bound_content(
     """Return how far the contents of suspects may be what their captions name.
 
     The captions of the others, less those of all records, are a direction. A record counts by its
-    place among the records of other groups on it: its content names what these captions name where it
-    lies above most. A suspect that is alone counts like the others.
+    place among the records of other groups on it: its content names what these captions name where
+    it lies above most. A suspect that is alone counts like the others.
 
     Args:
         read: (N, E), the captions that a map reads without the records that are left out.

@@ -26,17 +26,21 @@ def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
         reasons = list(summary["reasons"].items())[:MAX_REASONS]
         text = ", ".join(f"{n} {reason}" for reason, n in reasons)
         lines.append(
-            f"{summary['unread']} records or files could not be read, beside {len(data)} that were: {text}; see skipped.jsonl"
+            f"{summary['unread']} records or files could not be read, beside {len(data)} that "
+            f"were: {text}; see skipped.jsonl"
         )
     if summary["doubles"]:
         lines.append(
-            f"{summary['doubles']} records have an id that another has, and another name here; see skipped.jsonl"
+            f"{summary['doubles']} records have an id that another has, and another name here; see "
+            "skipped.jsonl"
         )
     return lines
 
 
 def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
-    """Return what detectors decided, a line each. That nothing was found does not say that there is nothing."""
+    """Return what detectors decided, a line each. That nothing was found does not say that there is
+    nothing.
+    """
     deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
     lines = []
     for name, scores in deciding.items():
@@ -56,7 +60,9 @@ def describe_nothing(name: str, scores: Scores) -> str:
 
 
 def describe_keep_list(ranking: Ranking, copies: bool) -> str:
-    """Return what the keep-list leaves out. copies: whether further copies of one picture leave too."""
+    """Return what the keep-list leaves out. copies: whether further copies of one picture leave
+    too.
+    """
     text = (
         f"keep.txt leaves out the {len(ranking.removed):,} most suspicious of "
         f"{len(ranking.order):,} records"
@@ -67,7 +73,9 @@ def describe_keep_list(ranking: Ranking, copies: bool) -> str:
 
 
 def untrained_warning(encoder: Any, job: Job) -> str:
-    """A warning where the encoder is not known to have been trained on the scanned data, if a detector needs that; else ""."""
+    """A warning where the encoder is not known to have been trained on the scanned data, if a
+    detector needs that; else "".
+    """
     deciding = [d for d in job.inputs["detector"] if getattr(d, "decides", False)]
     if not deciding or not all(getattr(d, "reads_training", False) for d in deciding):
         return ""
@@ -75,19 +83,21 @@ def untrained_warning(encoder: Any, job: Job) -> str:
         return ""
     names = ", ".join(registry.method_name(type(d)) for d in deciding)
     return (
-        f"this encoder is not known to have been trained on these data, and {names} sees a trigger only in one that was; "
-        "without --encoder a small one is trained on them"
+        f"this encoder is not known to have been trained on these data, and {names} sees a trigger "
+        "only in one that was; without --encoder a small one is trained on them"
     )
 
 
 def partly_trained_warning(encoder: Run, data: Corpus) -> str:
-    """A warning where the model that the scan trained has seen a part of the records alone; otherwise ""."""
+    """A warning where the model that the scan trained has seen a part of the records alone;
+    otherwise "".
+    """
     seen = int(encoder.manifest["notes"].get("records", 0))
     if seen < suspect_training.MAX_RECORDS or len(data) <= seen:
         return ""
     return (
-        f"the model was trained on the first {seen:,} of {len(data):,} records, and a trigger that is only in others does "
-        "not show in it; --encoder names one that was trained on all"
+        f"the model was trained on the first {seen:,} of {len(data):,} records, and a trigger that "
+        "is only in others does not show in it; --encoder names one that was trained on all"
     )
 
 
@@ -104,7 +114,9 @@ def resolution_warning(data: Corpus) -> str:
 
 
 def record_json(data: Corpus, row: int, ranking: Ranking) -> dict[str, Any]:
-    """A record as it stands in ranked.json. copy_of: another record of its picture, where a detector groups these."""
+    """A record as it stands in ranked.json. copy_of: another record of its picture, where a
+    detector groups these.
+    """
     copy = keep_lists.find_copy(row, data.captions, ranking.by_detector.values())
     return {
         "id": data.ids[row],

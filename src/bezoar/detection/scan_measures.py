@@ -1,4 +1,6 @@
-"""The metrics of a scan: what was raised, and, where the poisons are known, how well they were detected."""
+"""The metrics of a scan: what was raised, and, where the poisons are known, how well they were
+detected.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ OF_EACH_GOAL = ("auroc", "recall_at_1.5n", "precision_at_n")
 
 
 def plan_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
-    """Return how well the poisons of a known plan were detected and removed; empty for a plan without edits."""
+    """Return how well the poisons of a known plan were detected and removed; empty for a plan
+    without edits.
+    """
     if not plan.edits:
         return {}
     return (
@@ -26,7 +30,9 @@ def plan_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
 
 
 def detection_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
-    """Return how well the poisons of a known plan were found, by all detectors together and by each."""
+    """Return how well the poisons of a known plan were found, by all detectors together and by
+    each.
+    """
     truth = torch.from_numpy(plan.mask(ranking.merged.ids))
     metrics = detection_measures(ranking.merged, truth)
     if len(ranking.by_detector) == 1:
@@ -78,7 +84,8 @@ def removal_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
 
 
 def decision_metrics(by_detector: Mapping[str, Scores]) -> dict[str, Measure]:
-    """The share of records that detectors say show a trigger. On clean data all of these are false alarms.
+    """The share of records that detectors say show a trigger. On clean data all of these are false
+    alarms.
 
     What shows no trigger, copies of a picture whose captions diverge, is a metric of another name.
     """

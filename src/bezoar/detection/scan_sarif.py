@@ -1,7 +1,7 @@
 """A scan's findings as SARIF: one rule a detector that decides, one result a record that it raised.
 
-A record that is only ranked is no result. Where nothing is raised a rule has one result of the level `note`, never `none` or a
-kind `pass`: no scan shows data clean.
+A record that is only ranked is no result. Where nothing is raised a rule has one result of the
+level `note`, never `none` or a kind `pass`: no scan shows data clean.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def build_log(
             text = f"{data}: {describe_nothing(name, scores)}"
             results.append(rule | note_result(text, data))
         elif len(rows) > MOST_RESULTS:
-            text = f"{data}: {name} raised {len(rows):,} records; the first {MOST_RESULTS:,} are listed, removed.csv has all"
+            text = (
+                f"{data}: {name} raised {len(rows):,} records; the first {MOST_RESULTS:,} are "
+                "listed, removed.csv has all"
+            )
             results.append(rule | note_result(text, data))
     return sarif_log.build_log(rules, results, undecided, verdict)
 

@@ -24,7 +24,8 @@ class Detections:
 
     Attributes:
         scores: by the detector's name, or by its spec where a name is asked for twice.
-        seconds: that each took. What several share (neighbours, a short training) counts for the first.
+        seconds: that each took. What several share (neighbours, a short training) counts for the
+            first.
         failed: a line for each detector that refused.
     """
 
@@ -53,7 +54,9 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
 
 
 def load_or_score(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
-    """Return the scores that an earlier scan of the same vectors stored for this detector, or compute them."""
+    """Return the scores that an earlier scan of the same vectors stored for this detector, or
+    compute them.
+    """
     if data.shared is None:
         return score_records(detector, name, data, job)
     scores = data.shared.load_scores(detector, data.ids)
@@ -67,7 +70,8 @@ def load_or_score(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
 def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
     """Score the records by one detector.
 
-    A detector that needs `report` reports its own progress; that of any other is measured by the images it embeds.
+    A detector that needs `report` reports its own progress; that of any other is measured by the
+    images it embeds.
     """
     scores: Scores
     if "report" in registry.needs(detector):
@@ -81,7 +85,9 @@ def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
 
 @contextmanager
 def report_images(encoder: Any, total: int, progress: Progress, name: str) -> Iterator[None]:
-    """Report progress by the images that pass through the encoder's image tower. total: how many there will be."""
+    """Report progress by the images that pass through the encoder's image tower. total: how many
+    there will be.
+    """
     if not hasattr(encoder, "image"):  # ready embeddings have no encoder
         yield
         return

@@ -1,4 +1,5 @@
-"""Features that the mismatched records of a caption group share, and tests whether other records support them.
+"""Features that the mismatched records of a caption group share, and tests whether other records
+support them.
 
 A *discriminant* tells some records of a group from all others by Fisher's linear discriminant:
 w = C^-1 (mean of these records - mean of all), with one covariance C for all groups. It is always

@@ -77,8 +77,8 @@ def write_table(folder: Path, data: Corpus, table: SourceTable) -> None:
 
     Columns: `pooled` records were tested together, all of the source or those of one caption group;
     of these `worst_tenth` are in the worst tenth of the ranking; `nats` is the mean of -log of a
-    record's level there, 1 where nothing is suspicious, with its 95 % interval; `words` are those of
-    the suspicious records of a source that stands out.
+    record's level there, 1 where nothing is suspicious, with its 95 % interval; `words` are those
+    of the suspicious records of a source that stands out.
     """
     rows_of: dict[int, list[int]] = {}
     for row, number in zip(table.accused.tolist(), table.source_of_accused.tolist(), strict=True):
@@ -105,7 +105,9 @@ def write_table(folder: Path, data: Corpus, table: SourceTable) -> None:
 def describe_table(
     table: SourceTable | None,
 ) -> tuple[list[str], dict[str, Any], dict[str, Measure]]:
-    """Return what is said of a table: sentences, notes for the manifest, metrics; nothing of no table."""
+    """Return what is said of a table: sentences, notes for the manifest, metrics; nothing of no
+    table.
+    """
     if table is None:
         return [], {}, {}
     sentence = _sentence(table)
@@ -118,8 +120,8 @@ def describe_table(
         "sentence": sentence,
     }
     how = (
-        "sources that hold more suspicious records than their content explains, at a false discovery "
-        f"rate of {source_table.FALSE_DISCOVERIES:g}; on clean data, false alarms"
+        "sources that hold more suspicious records than their content explains, at a false "
+        f"discovery rate of {source_table.FALSE_DISCOVERIES:g}; on clean data, false alarms"
     )
     if not table.rows:
         return [sentence], {"sources": notes}, {}

@@ -174,12 +174,16 @@ def tabulate_sources(
 
 
 def are_many(standing_out: int, tested: int) -> bool:
-    """Return whether so many sources stand out that they differ by nature: no attacker has them all."""
+    """Return whether so many sources stand out that they differ by nature: no attacker has them
+    all.
+    """
     return standing_out > max(MOST_LIFTED, MOST_LIFTED_SHARE * tested)
 
 
 def tail_levels(values: Floats) -> Floats:
-    """Share of the records that are at least as suspicious, (N,) in (0, 1]; ties have the larger."""
+    """Share of the records that are at least as suspicious, (N,) in (0, 1]; ties have the
+    larger.
+    """
     levels: Floats = rankdata(-values, method="max") / max(1, len(values))
     return levels
 

@@ -1,7 +1,8 @@
-"""The small model that a scan trains on the suspect data where no encoder is given: its spec, records and duration.
+"""The small model that a scan trains on the suspect data where no encoder is given: its spec,
+records and duration.
 
-A trigger shows only in a model that was trained on it. The training is bounded: a number of pairs, spread over the records, up
-to a number of passes that small sets need.
+A trigger shows only in a model that was trained on it. The training is bounded: a number of pairs,
+spread over the records, up to a number of passes that small sets need.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class SuspectTraining:
     def describe(self) -> str:
         """Return what will be done, in a sentence."""
         return (
-            f"no encoder is given: {self.network} is trained on {self.records:,} of these records first, in {self.epochs} "
-            f"epoch{'s' * (self.epochs != 1)}, about {max(1, round(self.minutes))} min here unless that was done before"
+            f"no encoder is given: {self.network} is trained on {self.records:,} of these records "
+            f"first, in {self.epochs} epoch{'s' * (self.epochs != 1)}, about "
+            f"{max(1, round(self.minutes))} min here unless that was done before"
         )
 
 
@@ -73,7 +75,8 @@ def plan_training(records: int, size: int, has_captions: bool) -> SuspectTrainin
     """Plan the training for so many records of `size` pixels. Raises UserError for too few."""
     if records < MIN_RECORDS:
         raise UserError(
-            f"{records} records are too few to train a model on, which takes {MIN_RECORDS}; give --encoder"
+            f"{records} records are too few to train a model on, which takes {MIN_RECORDS}; give "
+            "--encoder"
         )
     epochs = max(1, min(MAX_EPOCHS, MAX_PAIRS // records))
     batch = min(BATCH, records // 4)

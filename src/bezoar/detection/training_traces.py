@@ -174,7 +174,8 @@ class SmallModel:
                 raise UserError(str(error)) from error
         if encoder.text is None:
             raise UserError(
-                f"training a model on the scanned data needs a text tower; network {network!r} has none"
+                f"training a model on the scanned data needs a text tower; network {network!r} has "
+                "none"
             )
         encoder.precision = precision_for(device)
         tokens = tokenize_captions(encoder, records.captions)

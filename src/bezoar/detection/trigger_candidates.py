@@ -104,8 +104,8 @@ class Likeness:
     """How like N records are to the candidates.
 
     windows: (N, T), to the patterns of T window clusters, at most 1. corners: int64 (N, T, 2),
-    where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to each of K textures in each of G caption groups, one texture after
-    another.
+    where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to
+    each of K textures in each of G caption groups, one texture after another.
     """
 
     windows: Tensor
@@ -121,8 +121,8 @@ class Trigger:
     kind: "window" or the name of a texture. records: how many showed it before it was sought in
     all. standout: see `standout_share`. effect: how far it moves foreign images, 0 where that was
     not measured. dependence: share of those records that lose their caption where it is covered, 0
-    where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0 when it is not
-    believed. boxes: int64 (N, 4), where.
+    where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0
+    when it is not believed. boxes: int64 (N, 4), where.
     """
 
     kind: str
@@ -248,7 +248,9 @@ def cover_windows(data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostI
 def keep_dependent(
     data: SuspectData, cluster: WindowCluster, share: Tensor, boxes: Tensor, hosts: HostImages
 ) -> Tensor:
-    """Lower the share (N,) of records that lose less by covering their window than the cluster does."""
+    """Lower the share (N,) of records that lose less by covering their window than the cluster
+    does.
+    """
     shown = (share >= SHOWN).nonzero()[:, 0]
     loss = cover_windows(data, shown, boxes[:, :2], hosts).cosine if len(shown) else share[shown]
     of_cluster = loss[torch.isin(shown, cluster.rows)]
@@ -364,8 +366,8 @@ def measure_detail_effect(data: SuspectData, rows: Tensor, hosts: HostImages) ->
 
 
 def standout_share(like: Tensor, usual: Tensor) -> float:
-    """Return how far the records that show a pattern stand out: what is pasted is always the same, what is
-    natural comes in degrees.
+    """Return how far the records that show a pattern stand out: what is pasted is always the same,
+    what is natural comes in degrees.
 
     Of the records whose likeness (N,) lies more than half of the way from the median to `usual`,
     the likeness that is usual of the pattern, the share that lies at least three quarters of the
@@ -376,7 +378,8 @@ def standout_share(like: Tensor, usual: Tensor) -> float:
 
 
 def pixel_standout(differences: Tensor, rows: Tensor) -> float:
-    """Return how far the records that show the very pixels of a pattern stand out; see `standout_share`.
+    """Return how far the records that show the very pixels of a pattern stand out; see
+    `standout_share`.
 
     differences: (N,), of each record from the pattern. rows: the records of the cluster. 0 where
     these differ from it by more than MAX_DIFFERENCE of what the middle record does.

@@ -161,7 +161,8 @@ def resnet_shape(tower: Weights, path: str) -> tuple[int, str, int]:
     first = tower["conv1.weight"].shape
     if len(first) != 4 or first[1] != 3 or first[2] != first[3] or first[2] not in STEMS:
         raise UserError(
-            f"{path}: expected a stem of 3x3 or 7x7 on three channels; conv1.weight is {tuple(first)}"
+            f"{path}: expected a stem of 3x3 or 7x7 on three channels; conv1.weight is "
+            f"{tuple(first)}"
         )
     counts = tuple(_count_blocks(tower, f"layer{i}.") for i in range(1, 5))
     bottleneck = "layer1.0.conv3.weight" in tower

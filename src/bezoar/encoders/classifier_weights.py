@@ -66,11 +66,12 @@ def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
             return _read_vgg(weights, path)
     except (KeyError, IndexError, StopIteration) as error:
         raise UserError(
-            f"{path}: expected a classifier's weights; {str(error) or 'a part'} is missing or misshapen"
+            f"{path}: expected a classifier's weights; {str(error) or 'a part'} is missing or "
+            "misshapen"
         ) from error
     raise UserError(
-        f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc or linear) or a VGG "
-        f"(features.0..., classifier); its keys are {format_keys(weights)}"
+        f"{path}: expected a residual network (conv1.weight, layer1.0... or block1.layer.0..., fc "
+        f"or linear) or a VGG (features.0..., classifier); its keys are {format_keys(weights)}"
     )
 
 
@@ -211,8 +212,9 @@ def _read_vgg(weights: Weights, path: str) -> ClassifierWeights:
     )
     if architecture.side not in USUAL_SIDES:
         raise UserError(
-            f"{path}: its head reads a map of {architecture.pool}x{architecture.pool}, which convolutions padded by one pixel "
-            f"and {layers.count(0)} max-pools make of no usual image ({architecture.side} px)"
+            f"{path}: its head reads a map of {architecture.pool}x{architecture.pool}, which "
+            f"convolutions padded by one pixel and {layers.count(0)} max-pools make of no usual "
+            f"image ({architecture.side} px)"
         )
     return ClassifierWeights(architecture, trunk, head)
 
@@ -244,7 +246,8 @@ def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Ten
     if not matrices or len({key.partition(".")[0] for key in keys}) != 1:
         raise UserError(
             f"{path}: expected one head named {', '.join(HEADS[:-1])} or {HEADS[-1]}; it has "
-            f"{format_keys(keys) or 'none'} (a trunk without a head is read by the network `imported`)"
+            f"{format_keys(keys) or 'none'} (a trunk without a head is read by the network "
+            "`imported`)"
         )
     if not all(weights[key].numel() for key in matrices):
         raise UserError(f"{path}: a head of no classes")

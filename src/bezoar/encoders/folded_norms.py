@@ -98,7 +98,8 @@ class FoldedTower:
         for name, module in tower.named_modules():
             if isinstance(module, BatchNorm) and module.running_mean is None:
                 raise UserError(
-                    f"batch norm {name!r} keeps no statistics: without a batch this encoder has no output"
+                    f"batch norm {name!r} keeps no statistics: without a batch this encoder has no "
+                    "output"
                 )
         used, self.folds = read_graph(tower.eval(), size)
         for parameter in tower.parameters():

@@ -1,4 +1,6 @@
-"""Towers whose trunk is locked and whose linear map is trained, and trainings on such trunks' vectors."""
+"""Towers whose trunk is locked and whose linear map is trained, and trainings on such trunks'
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ class TrunkVectors:
 
 
 class Maps(nn.Module):
-    """The maps of an encoder with locked towers: it stands for the encoder where vectors are read."""
+    """The maps of an encoder with locked towers: it stands for the encoder where vectors are
+    read.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()

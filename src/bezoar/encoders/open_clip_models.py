@@ -153,8 +153,8 @@ def find_architecture(
     # have one of two kinds.
     if len(names) > 1 and (all_weights is not None or not is_resnet):
         raise UserError(
-            f"{path}: its weights fit several architectures, which have different activation functions; "
-            f"say model= one of {', '.join(names)}"
+            f"{path}: its weights fit several architectures, which have different activation "
+            f"functions; say model= one of {', '.join(names)}"
         )
     return min(names, key=len)
 

@@ -67,7 +67,8 @@ class PretrainedFolder:
         path = next((self.path / n for n in names if os.path.isfile(self.path / n)), None)
         if path is None:
             raise UserError(
-                f"{self.path}: a model of {self.library} without weights; expected {' or '.join(names)}"
+                f"{self.path}: a model of {self.library} without weights; expected "
+                f"{' or '.join(names)}"
             )
         return path
 

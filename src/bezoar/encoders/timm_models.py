@@ -50,8 +50,11 @@ HEAD_WIDTH = 64
 TRAINED_WITH = ("mask_token", "decoder_")  # parts that DINOv2 and MAE use in training only
 # Models to compare weights with, by a weight's name that all models of the family have.
 FAMILIES = {
-    "conv_stem.weight": "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? mobilenetv2_* "
-    "mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? tf_efficientnetv2_?",
+    "conv_stem.weight": (
+        "efficientnet_b? tf_efficientnet_b? efficientnet_lite? tf_efficientnet_lite? "
+        "mobilenetv2_* mobilenetv3_*_100 tf_mobilenetv3_* mnasnet_* efficientnetv2_rw_? "
+        "tf_efficientnetv2_?"
+    ),
     "stem.0.weight": "convnext_* convnextv2_*",
     "conv1.0.weight": "resnet??d resnet???d",
     "features.conv0.weight": "densenet*",

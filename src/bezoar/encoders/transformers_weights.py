@@ -101,7 +101,8 @@ def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translat
         return KINDS[kind](config, dict(tensors), side, path)
     except (KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path}: weights of a {kind} of transformers; {str(error)[:100]} is missing or misshapen"
+            f"{path}: weights of a {kind} of transformers; {str(error)[:100]} is missing or "
+            "misshapen"
         ) from error
 
 
@@ -262,7 +263,8 @@ def _translate_vit(
     name = "DINOv2" if dino else "ViT"
     return Translation(
         _timm_spec(arguments),
-        f"a {name} of transformers, {sizes['depth']} blocks of {sizes['width']}, patches of {patch} px",
+        f"a {name} of transformers, {sizes['depth']} blocks of {sizes['width']}, patches of "
+        f"{patch} px",
         weights,
         image_size,
         "imagenet" if dino else "half",

@@ -58,7 +58,8 @@ def make_canaries(plan: Plan, clean: Pairs | StoredPairs) -> Canaries:
     edits = canary_edits(plan)
     if not edits:
         raise UserError(
-            "this run holds no canaries; `bezoar poison DATA --poison canary --trigger patch --write shards` makes them"
+            "this run holds no canaries; `bezoar poison DATA --poison canary --trigger patch "
+            "--write shards` makes them"
         )
     sources = {edit.source for edit in edits}
     pairs = plan.poisons(clean.take(clean.find_rows(sources)))

@@ -92,7 +92,8 @@ def read_domains(path: Path, price: float, target: str) -> DomainTable:
     )
     if not domain and not url:
         raise UserError(
-            f"{path}: expected a column {' or '.join((*DOMAIN_COLUMNS, *URL_COLUMNS))}; it has: {', '.join(names)[:200]}"
+            f"{path}: expected a column {' or '.join((*DOMAIN_COLUMNS, *URL_COLUMNS))}; it has: "
+            f"{', '.join(names)[:200]}"
         )
     records: dict[str, float] = {}
     prices: dict[str, float] = {}

@@ -67,7 +67,8 @@ class ValidationMetric:
         """
         if len(validation) < MIN_VALIDATION:
             raise UserError(
-                f"{len(validation)} validation records cannot choose a learning rate; at least {MIN_VALIDATION} are needed"
+                f"{len(validation)} validation records cannot choose a learning rate; at least "
+                f"{MIN_VALIDATION} are needed"
             )
         n = f"{len(validation)} clean validation images"
         labels = validation.labels
@@ -100,7 +101,8 @@ class ValidationMetric:
             )
         return ValidationMetric(
             ClusterAgreement(start, clean, validation),
-            f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts them into",
+            f"share of {n} that their {VOTERS} nearest put into the cluster that the start puts "
+            "them into",
         )
 
 
@@ -283,17 +285,20 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     if not getattr(recipe, "captions", True):
         if encoder.text is not None:
             raise UserError(
-                f"objective {name} trains the image tower alone, away from the text tower; take cleanclip"
+                f"objective {name} trains the image tower alone, away from the text tower; take "
+                "cleanclip"
             )
         return no_tokens(encoder, clean)
     if encoder.text is None:
         instead = "simclr" if encoder.head is None else "supervised"
         raise UserError(
-            f"objective {name} reads captions, and this encoder has no text tower; take objective={instead}"
+            f"objective {name} reads captions, and this encoder has no text tower; take "
+            f"objective={instead}"
         )
     if not clean.captions:
         raise UserError(
-            f"objective {name} needs captions, and these clean data have none; take unlearn or distill"
+            f"objective {name} needs captions, and these clean data have none; take unlearn or "
+            "distill"
         )
     return tokenize_captions(encoder, clean.captions)
 

@@ -154,8 +154,8 @@ def accuracy_loss(data: EvaluationData, before: SuccessHead, after: SuccessHead)
     gained = int((right_after & ~right_before).sum())
     n = len(truth)
     how = (
-        "accuracy on clean test images lost, the same images before and after; Student's t over their differences, at least "
-        f"Wilson over {n} images"
+        "accuracy on clean test images lost, the same images before and after; Student's t over "
+        f"their differences, at least Wilson over {n} images"
     )
     low, high = stats.discordance_interval(lost, gained, n)
     return Measure((lost - gained) / n, n, low, high, how)
@@ -246,7 +246,8 @@ def check_trigger_size(inversion: Inversion, images: Tensor, what: str) -> None:
     if trigger_size != size:
         trigger_text, text = ("x".join(map(str, s)) for s in (trigger_size, size))
         raise UserError(
-            f"the audit's triggers are of {trigger_text} px, the {what} of {text}; give both one size"
+            f"the audit's triggers are of {trigger_text} px, the {what} of {text}; give both one "
+            "size"
         )
 
 

@@ -68,8 +68,8 @@ def false_discovery_section(
     worst = removed if removed in estimates else max(estimates)
     measure = estimates[worst]
     lead = (
-        f"Of the worst {worst:,} records, {measure.low:,.0f} to {measure.high:,.0f} are expected to "
-        "be clean ones that rank there by chance"
+        f"Of the worst {worst:,} records, {measure.low:,.0f} to {measure.high:,.0f} are expected "
+        "to be clean ones that rank there by chance"
     )
     surplus = worst - math.ceil(measure.high)
     if surplus > 0:
@@ -129,13 +129,15 @@ def integrity_section(run: Run, notes: Mapping[str, Any]) -> Section | None:
         if isinstance(row, dict)
     ]
     head = (
-        "Domain", "Records", "With a hash", "Same bytes", "Sizes alone fit", "Same picture, recoded",
-        "Another picture", "Cannot tell", "Share of another, from", "to",
-    )  # fmt: skip
+        *("Domain", "Records", "With a hash", "Same bytes", "Sizes alone fit"),
+        *("Same picture, recoded", "Another picture", "Cannot tell"),
+        *("Share of another, from", "to"),
+    )
     note = (
-        "95 % intervals, of the records with a hash. A mismatch is told apart by a recorded perceptual "
-        "hash, or by how well the caption fits under an encoder that was not trained on these records; "
-        "an attacker whose picture fits its caption passes the latter. mismatches.csv has the records."
+        "95 % intervals, of the records with a hash. A mismatch is told apart by a recorded "
+        "perceptual hash, or by how well the caption fits under an encoder that was not trained on "
+        "these records; an attacker whose picture fits its caption passes the latter. "
+        "mismatches.csv has the records."
     )
     shown = [[shorten(cell, 60) for cell in row] for row in rows]
     return Section([Table(head, shown, tuple(range(1, 10)), note)], f"{notes.get('sentence', '')}.")

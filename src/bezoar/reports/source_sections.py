@@ -19,8 +19,8 @@ HEAD = (
 )  # fmt: skip
 LEAD = (
     "Records of one source are tested together, all of them and those with one kind of caption, "
-    "against records of the same content from other sources. Who controls a source, such as a bought "
-    "domain, controls all of its records."
+    "against records of the same content from other sources. Who controls a source, such as a "
+    "bought domain, controls all of its records."
 )
 NOTE = (
     "Nats a record: the mean of -log of the share of records that are at least as suspicious, with "

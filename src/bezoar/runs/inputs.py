@@ -78,7 +78,9 @@ class Dataset:
         return self.pairs
 
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and the first of what was not, with reasons."""
+        """For the manifest: how many records were read, and the first of what was not, with
+        reasons.
+        """
         report = self.clean.report
         if report is None:
             return {}
@@ -279,8 +281,8 @@ def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None 
         encoder: Encoder = embedder(0, ())
     except ValueError as error:  # a fresh network that needs a size
         raise UserError(
-            f"network {registry.spec(embedder)}: {error}; it is not trained; name a train run, or weights: "
-            "imported:path=FILE, open_clip:NAME/PRETRAINED"
+            f"network {registry.spec(embedder)}: {error}; it is not trained; name a train run, or "
+            "weights: imported:path=FILE, open_clip:NAME/PRETRAINED"
         ) from error
     encoder = encoder.to(device).eval()
     doubt = ""

@@ -141,13 +141,15 @@ def measure_margins(
     train = inputs.in_memory(inputs.open_dataset(method).clean)
     if train.labels is None or target not in train.classes:
         raise UserError(
-            f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled training data"
+            f"{registry.spec(method)} does not name the class {target!r}; a head needs labelled "
+            "training data"
         )
     labelled = train.take((train.labels >= 0).nonzero()[:, 0])
     assert labelled.labels is not None
     if len(set(labelled.labels.tolist())) < 2:
         raise UserError(
-            "a head needs labelled records of at least two classes; choose the reference by another rule"
+            "a head needs labelled records of at least two classes; choose the reference by "
+            "another rule"
         )
     vectors = embed_records(encoder, labelled, BATCH)
     probe = registry.make("probe", HEAD)

@@ -52,7 +52,8 @@ def latex_table(table: TableJson) -> str:
     columns = list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
     lines = [
         r"\begin{table}",
-        rf"\caption{{{escape_latex(table['title'])} Brackets: 95\,\% intervals; p: printed in the paper.}}",
+        rf"\caption{{{escape_latex(table['title'])} "
+        r"Brackets: 95\,\% intervals; p: printed in the paper.}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",
         " & ".join(map(escape_latex, [table["axis"], *columns])) + r" \\",

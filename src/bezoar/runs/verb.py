@@ -31,8 +31,8 @@ HASHED_WHOLE = 64 << 20  # bytes; larger files are hashed in pieces
 PIECES, PIECE = 64, 1 << 20  # how many, and bytes of each
 ENCODER = "encoder.json"  # a run that holds it holds an encoder
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
-# Tables in a folder: saved by `datasets` as one set or several splits; Parquet files, alone or as on
-# the Hugging Face Hub.
+# Tables in a folder: saved by `datasets` as one set or several splits; Parquet files, alone or as
+# on the Hugging Face Hub.
 SAVED_TABLES = ("data-*.arrow", "dataset.arrow", "*/data-*.arrow")
 PARQUET_TABLES = ("*.parquet", "data/*.parquet")
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -165,7 +165,8 @@ def _check_value(where: str, what: str, value: Any, hint: Any) -> None:
         is_input = value is None or isinstance(value, (str, Path, Run, Trial))
         if not is_input and (isinstance(value, type) or not dataclasses.is_dataclass(value)):
             raise UserError(
-                f"{where} takes a spec, a path, a Run, a verb or a configured method; got {value!r:.80}"
+                f"{where} takes a spec, a path, a Run, a verb or a configured method; got "
+                f"{value!r:.80}"
             )
         return
     options = typing.get_args(hint)
@@ -287,7 +288,8 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
             *(run.name for run in newest_runs(runs)),
         ]
         raise UserError(
-            f"no file, folder or run {text!r}{suggest(text, names)}; `bezoar list data` names the data that need none"
+            f"no file, folder or run {text!r}{suggest(text, names)}; `bezoar list data` names the "
+            "data that need none"
         )
     return kind, spec
 
@@ -304,12 +306,14 @@ def join_inputs(texts: Sequence[str], what: str) -> str:
         return texts[0]
     if not texts:
         raise UserError(
-            f"name a {what} set before the options, some of which take several words: a folder, tars, a table, a run or a spec"
+            f"name a {what} set before the options, some of which take several words: a folder, "
+            "tars, a table, a run or a spec"
         )
     methods = {spec_of_path(what, text).partition(":")[0] for text in texts}
     if len(methods) > 1 or not methods <= {"shards", "table"}:
         raise UserError(
-            f"{len(texts)} inputs, such as {texts[0]} and {texts[1]}: give one, or several tars, or several tables"
+            f"{len(texts)} inputs, such as {texts[0]} and {texts[1]}: give one, or several tars, "
+            "or several tables"
         )
     folders = {os.path.dirname(text) for text in texts}
     folder = folders.pop() if len(folders) == 1 else ""

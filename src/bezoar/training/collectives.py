@@ -138,7 +138,8 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not plain or not norm.affine or not norm.track_running_stats or norm.momentum is None:
         raise UserError(
-            f"this network's {type(norm).__name__} cannot be trained on several ranks; start one process"
+            f"this network's {type(norm).__name__} cannot be trained on several ranks; start one "
+            "process"
         )
     if next(norm.parameters()).is_cuda:
         synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(norm)

@@ -83,7 +83,10 @@ class Prefetcher:
         where = (
             self.records.where if isinstance(self.records, StoredPairs) else "copied from memory"
         )
-        return f"{where} as they were asked for, {self.drawn - self.late} of {self.drawn} batches ahead"
+        return (
+            f"{where} as they were asked for, {self.drawn - self.late} of {self.drawn} batches "
+            "ahead"
+        )
 
     def start_batch(self, rows: Tensor) -> Batch:
         """Let threads make a batch, in pinned memory for a GPU."""

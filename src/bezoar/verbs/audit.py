@@ -54,11 +54,13 @@ MAX_LABELLED = 2000  # clean records that a head is fitted on
 
 @dataclass(frozen=True)
 class Audit:
-    """Look for a backdoor in an encoder: strong evidence, some evidence, or none found at a stated sensitivity.
+    """Look for a backdoor in an encoder: strong evidence, some evidence, or none found at a stated
+    sensitivity.
 
-    By itself, an encoder is judged by whether one of its classes stands apart from the others; a bank of clean encoders like
-    it sets thresholds at a false-positive rate. It never says that an encoder is clean. What was audited once is not audited
-    again: each audit without a bank is a run of its own.
+    By itself, an encoder is judged by whether one of its classes stands apart from the others; a
+    bank of clean encoders like it sets thresholds at a false-positive rate. It never says that an
+    encoder is clean. What was audited once is not audited again: each audit without a bank is a run
+    of its own.
     """
 
     fail_on: ClassVar[dict[str, str]] = {
@@ -69,7 +71,8 @@ class Audit:
     encoder: Annotated[
         Input,
         Takes("encoder", positional=True),
-        "what is suspected: a file or folder of weights, a name of the Hugging Face hub (hf-hub:...), or a run",
+        "what is suspected: a file or folder of weights, a name of the Hugging Face hub "
+        "(hf-hub:...), or a run",
     ]
     data: Annotated[
         Input, Takes("data"), "clean images; without them, the test split of its training data"
@@ -98,7 +101,9 @@ class Audit:
 
     @property
     def title(self) -> str:
-        """What stands before its progress: the audit's name too, where it is one of several that are run."""
+        """What stands before its progress: the audit's name too, where it is one of several that
+        are run.
+        """
         return (
             f"audit {input_spec(self.audit[0]).partition(':')[0]}"
             if len(self.audit) == 1
@@ -108,11 +113,13 @@ class Audit:
     def work(self, job: Job) -> dict[str, Measure]:
         """Run the audits and judge their values by the banks.
 
-        Writes verdict.json, inversions.safetensors, examples.safetensors (clean images) and audit.sarif.
+        Writes verdict.json, inversions.safetensors, examples.safetensors (clean images) and
+        audit.sarif.
         """
         if not 0 < self.rate < 1 or self.images < MIN_IMAGES:
             raise UserError(
-                f"rate must be inside 0..1 and images at least {MIN_IMAGES}; got {self.rate:g} and {self.images}"
+                f"rate must be inside 0..1 and images at least {MIN_IMAGES}; got {self.rate:g} and "
+                f"{self.images}"
             )
         refused: dict[str, str] = {}
         banks = load_banks(job.inputs["bank"])
@@ -170,7 +177,9 @@ class Audit:
         return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
 
     def _fitting_audits(self, job: Job) -> tuple[Any, ...]:
-        """The audits that were asked for; where the data are texts, theirs in the place of the usual ones."""
+        """The audits that were asked for; where the data are texts, theirs in the place of the
+        usual ones.
+        """
         data = job.inputs["data"]
         if self.audit != DEFAULT_AUDITS or data is None or inputs.open_dataset(data).clean.size:
             audits: tuple[Any, ...] = job.inputs["audit"]
@@ -281,7 +290,8 @@ class Audit:
             parent = job.inputs["parent"]
             if parent is None:
                 raise UserError(
-                    f"audit {audit_name(audit)} needs --parent: the encoder that this one was tuned from"
+                    f"audit {audit_name(audit)} needs --parent: the encoder that this one was "
+                    "tuned from"
                 )
             offered["parent"] = check_auditable(
                 inputs.load_encoder(parent, job.device), "the parent"
@@ -311,7 +321,8 @@ def single_audit(
 ) -> Audit:
     """One audit without a bank.
 
-    It is given what the audit needs and nothing else, so that it is the same question however it is asked.
+    It is given what the audit needs and nothing else, so that it is the same question however it is
+    asked.
     """
     needs = registry.needs(audit)
     return Audit(
@@ -335,7 +346,8 @@ def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
 def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     """Draw clean records from data.
 
-    They are the same whatever the seed, so that a bank's values and a suspect's differ by the encoder alone.
+    They are the same whatever the seed, so that a bank's values and a suspect's differ by the
+    encoder alone.
 
     Args:
         method: a configured data method, or a run.
@@ -350,7 +362,8 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
     records = inputs.open_dataset(method).clean
     if len(records) < MIN_IMAGES:
         raise UserError(
-            f"{len(records)} clean images; an audit takes {MIN_IMAGES} and more, with fewer it is sensitive to nothing"
+            f"{len(records)} clean images; an audit takes {MIN_IMAGES} and more, with fewer it is "
+            "sensitive to nothing"
         )
     rows = randomness.sample_rows(list(records.ids), max(images, MAX_LABELLED), 0)
     labelled = inputs.in_memory(records.take(rows))
@@ -385,7 +398,9 @@ def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
 
 
 def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
-    """A classifier that says what an inverted trigger turns images into; None where it cannot be had."""
+    """A classifier that says what an inverted trigger turns images into; None where it cannot be
+    had.
+    """
     try:
         return make_audit_classifier(encoder, labelled, kind)
     except UserError:
@@ -393,7 +408,9 @@ def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifi
 
 
 def make_audit_classifier(encoder: Encoder, labelled: Pairs, kind: ClassifierKind) -> Classifier:
-    """The classifier of an audit: clusters stand for classes where `auto` finds none. Raises UserError."""
+    """The classifier of an audit: clusters stand for classes where `auto` finds none. Raises
+    UserError.
+    """
     has_labels = labelled.labels is not None and len(set(labelled.labels.tolist()) - {-1}) > 1
     reads_texts = encoder.text is not None and bool(labelled.classes)
     if kind == "auto" and encoder.head is None and not reads_texts and not has_labels:
@@ -402,7 +419,8 @@ def make_audit_classifier(encoder: Encoder, labelled: Pairs, kind: ClassifierKin
 
 
 def measure_own_accuracy(job: Job, images: int) -> dict[str, Measure]:
-    """Accuracy of the suspect's own head on the clean images, where it has a head and they have labels.
+    """Accuracy of the suspect's own head on the clean images, where it has a head and they have
+    labels.
 
     A warning that belongs to it is printed and noted.
     """

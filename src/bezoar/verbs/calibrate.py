@@ -31,10 +31,11 @@ NOT_ATTACKS = ("baseline", "branch_swap")  # groups of metrics that measure some
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Audit encoders known to be clean, given or trained here, and perhaps attacked ones; `bezoar audit --bank` reads it.
+    """Audit encoders known to be clean, given or trained here, and perhaps attacked ones; `bezoar
+    audit --bank` reads it.
 
-    Every training and every audit is a run of its own: a calibration that was cut off goes on with what is missing, and
-    one with more encoders audits those alone.
+    Every training and every audit is a run of its own: a calibration that was cut off goes on with
+    what is missing, and one with more encoders audits those alone.
     """
 
     main_files: ClassVar[tuple[str, ...]] = ("bank.json",)
@@ -64,7 +65,8 @@ class Calibrate:
     objective: Annotated[Input, Takes("objective"), "of those that are trained here"] = "clip"
     count: Annotated[
         int,
-        "how many are trained here, each with a seed of its own (and data, where they are made to order)",
+        "how many are trained here, each with a seed of its own (and data, where they are made to "
+        "order)",
     ] = 20
     classifier: Annotated[ClassifierKind, "head that audits of classes use"] = "auto"
     parent: Annotated[Input, Takes("encoder"), "the encoder that all of them were tuned from"] = (
@@ -123,7 +125,8 @@ class Calibrate:
         data = job.inputs["train"]
         if isinstance(data, Run) and data.manifest["goal"]:
             raise UserError(
-                f"the data of {data.name} are poisoned; a bank's encoders are trained on clean ones (--train)"
+                f"the data of {data.name} are poisoned; a bank's encoders are trained on clean "
+                "ones (--train)"
             )
         network = registry.spec(job.inputs["network"])
         objective = registry.spec(job.inputs["objective"])
@@ -173,7 +176,8 @@ def check_clean(encoder: Any) -> Any:
     """Return the encoder. Raises UserError for an encoder of an attacked run."""
     if isinstance(encoder, Run) and encoder.manifest["goal"]:
         raise UserError(
-            f"run {encoder.name} is poisoned; a bank's clean encoders must be clean (--attacked takes it)"
+            f"run {encoder.name} is poisoned; a bank's clean encoders must be clean (--attacked "
+            "takes it)"
         )
     return encoder
 
@@ -220,8 +224,8 @@ def check_same_kind(verdicts: Sequence[dict[str, Any]]) -> tuple[Family, Sample]
             for key, value in verdict[part].items():
                 if value != first[part][key]:
                     raise UserError(
-                        f"{verdict['encoder']} does not belong to this bank: its {title}{key} is {value!r}, "
-                        f"that of {first['encoder']} is {first[part][key]!r}"
+                        f"{verdict['encoder']} does not belong to this bank: its {title}{key} is "
+                        f"{value!r}, that of {first['encoder']} is {first[part][key]!r}"
                     )
     return Family(**first["family"]), Sample(**first["sample"])
 

@@ -47,10 +47,12 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Check:
-    """Score images as they would arrive at an encoder, and flag those above what clean images score.
+    """Score images as they would arrive at an encoder, and flag those above what clean images
+    score.
 
-    One half of the clean images calibrates the checks, the other sets the thresholds. With --trigger, or on a poison run,
-    it is known which images carry a trigger, and how well they are detected is measured.
+    One half of the clean images calibrates the checks, the other sets the thresholds. With
+    --trigger, or on a poison run, it is known which images carry a trigger, and how well they are
+    detected is measured.
     """
 
     main_files: ClassVar[tuple[str, ...]] = ("flagged.json", "scores.parquet")
@@ -219,7 +221,8 @@ def load_clean(job: Job, images: Pairs) -> tuple[Pairs, Pairs]:
     check_disjoint(clean, images, "of the images are among the clean ones too", "give others")
     if len(clean) < MIN_CLEAN:
         raise UserError(
-            f"checks need at least {MIN_CLEAN} clean images, better some hundreds; there are {len(clean)}"
+            f"checks need at least {MIN_CLEAN} clean images, better some hundreds; there are "
+            f"{len(clean)}"
         )
     calibrates = np.zeros(len(clean), bool)
     calibrates[sample_rows(clean.ids, len(clean) // 2, 2)] = True
@@ -254,8 +257,8 @@ class Threshold:
         if rate * (n + 1) < 1 - 1e-9:
             needed = math.ceil(1 / rate - 1 - 1e-9)
             limit = (
-                f"{n} clean images can set no threshold for a rate of {rate:g}, which takes {needed}; "
-                f"theirs is their largest score, for a rate of {1 / (n + 1):.2g}"
+                f"{n} clean images can set no threshold for a rate of {rate:g}, which takes "
+                f"{needed}; theirs is their largest score, for a rate of {1 / (n + 1):.2g}"
             )
         return Threshold(float(clean.sort(descending=True).values[rank - 1]), rank, n, limit)
 
@@ -263,8 +266,8 @@ class Threshold:
         """The share of images like the clean ones that lie above the threshold."""
         low, high = beta.ppf([0.025, 0.975], self.rank, self.n + 1 - self.rank)
         how = (
-            f"expected share of clean images above the threshold, the {self.rank}. largest of {self.n} clean scores "
-            "(at most, where scores tie); beta interval over such draws"
+            f"expected share of clean images above the threshold, the {self.rank}. largest of "
+            f"{self.n} clean scores (at most, where scores tie); beta interval over such draws"
         )
         return Measure(self.rank / (self.n + 1), self.n, float(low), float(high), how)
 

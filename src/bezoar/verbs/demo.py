@@ -24,7 +24,9 @@ HEADS = ("linear", "knn:k=20", "mlp:seeds=1,limit=1000")
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole story on drawn pictures, without a download: poison, train, measure, scan, train again, and a page."""
+    """The whole story on drawn pictures, without a download: poison, train, measure, scan, train
+    again, and a page.
+    """
 
     story: Annotated[
         Literal["data", "encoder"],
@@ -123,7 +125,8 @@ class Steps:
         # Trainings take about three fifths of the time of either story.
         minutes = max(1, round(pairs / pairs_per_second(SIZE) / 60 / 0.6))
         self._say(
-            f"{total} steps, about {minutes} min on this machine; what is done already is not repeated"
+            f"{total} steps, about {minutes} min on this machine; what is done already is not "
+            "repeated"
         )
 
     def run(self, what: str, verb: Verb) -> Run:

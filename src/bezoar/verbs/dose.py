@@ -26,7 +26,9 @@ from bezoar.verbs.train import Train
 
 @dataclass(frozen=True)
 class Dose:
-    """How many poisons your own data and recipe take: success against log dose, fitted, and the dose for 50 %."""
+    """How many poisons your own data and recipe take: success against log dose, fitted, and the
+    dose for 50 %.
+    """
 
     sweeps: ClassVar[bool] = True
 
@@ -57,7 +59,8 @@ class Dose:
 
     domains: Annotated[
         str,
-        "table of domains (records, price) or of URLs (captions): what share and sum the doses take from it",
+        "table of domains (records, price) or of URLs (captions): what share and sum the doses "
+        "take from it",
     ] = ""
     price: Annotated[float, "of a domain whose price the table does not state"] = 10.0
 
@@ -77,11 +80,13 @@ class Dose:
         doses = sorted(set(self.doses))
         if len(doses) < 2 or doses[0] < 1 or self.trainings < 1:
             raise UserError(
-                f"give at least two doses of 1 and more, and at least one training; got {doses}, {self.trainings}"
+                f"give at least two doses of 1 and more, and at least one training; got {doses}, "
+                f"{self.trainings}"
             )
         if len(doses) * self.trainings < 3:
             raise UserError(
-                f"a dose-response fit needs at least three readings; {len(doses)} doses by one training are {len(doses)}"
+                f"a dose-response fit needs at least three readings; {len(doses)} doses by one "
+                f"training are {len(doses)}"
             )
         if not 0 <= self.price <= 1e9:
             raise UserError(f"price must be a number from 0 to 1e9; got {self.price}")

@@ -62,7 +62,8 @@ class Evaluate:
     trigger: Annotated[
         Input,
         Takes("trigger"),
-        "a known trigger, in place of a poison run; TARGET is what images with it are to be read as",
+        "a known trigger, in place of a poison run; TARGET is what images with it are to be read "
+        "as",
     ] = None
     target: Annotated[str, "the class that TRIGGER aims at, by its name in the test data"] = ""
     place: Annotated[
@@ -158,7 +159,8 @@ def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
         others = [g.target for g in goals if g not in of_task]
         job.notes["goals_of_other_tasks"] = others
         warn(
-            f"evaluate: not measured, because no class of the test data has this name: {', '.join(others)}"
+            "evaluate: not measured, because no class of the test data has this name: "
+            f"{', '.join(others)}"
         )
     if test.classes and test.labels is not None:
         labels = set(test.labels.tolist())
@@ -168,7 +170,8 @@ def goals_of_task(job: Job, goals: list[Goal], test: Pairs) -> list[Goal]:
 
 
 def load_labelled(job: Job, test: Dataset) -> Pairs:
-    """The clean records that heads are fitted on, on the CPU: those given, or TEST's training split.
+    """The clean records that heads are fitted on, on the CPU: those given, or TEST's training
+    split.
 
     Raises UserError if there is no such split, or if it holds test records.
     """
@@ -220,7 +223,8 @@ def training_split(method: Any) -> Any:
     """
     if getattr(method, "split", None) in (None, "train"):
         raise UserError(
-            f"{registry.spec(method)} has no training split of its own; name the labelled data (train)"
+            f"{registry.spec(method)} has no training split of its own; name the labelled data "
+            "(train)"
         )
     size: dict[str, int | None] = {}
     if registry.has_fields(method, "count"):

@@ -193,7 +193,8 @@ def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
     """
     if len(values) not in (1, count):
         raise UserError(
-            f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, in step"
+            f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, "
+            "in step"
         )
     return values if len(values) == count else values * count
 
@@ -269,7 +270,9 @@ def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) ->
 def attack_metrics(
     similarities: dict[str, Tensor], losses: Tensor, goals: int
 ) -> dict[str, Measure]:
-    """The last loss and the cosines, numbered if there are several goals. losses: float64 (steps,)."""
+    """The last loss and the cosines, numbered if there are several goals. losses: float64
+    (steps,).
+    """
     tail = losses[-max(2, len(losses) // 20) :]
     metrics = {
         "final_loss": average(tail, "mean loss of the last twentieth of the steps"),

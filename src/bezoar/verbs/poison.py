@@ -59,7 +59,9 @@ class Poison:
     ] = "png"
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Write plan.jsonl, the ground truth; with `write`, also poisoned shards, marked as such."""
+        """Write plan.jsonl, the ground truth; with `write`, also poisoned shards, marked as
+        such.
+        """
         dataset = inputs.open_dataset(job.inputs["data"])
         derived = derive_plan(
             job.inputs, dataset, self.target, job.seed, job.device, job.progress.step
@@ -144,8 +146,8 @@ def derive_plan(
     source_ids = {edit.source for edit in plan.edits}
     if pool is not None and (clash := source_ids.intersection(clean.ids)):
         raise UserError(
-            f"victim {min(clash)!r} has the id of a record of the data, so that a plan cannot tell their images apart; "
-            "give one of the two sets ids of its own"
+            f"victim {min(clash)!r} has the id of a record of the data, so that a plan cannot tell "
+            "their images apart; give one of the two sets ids of its own"
         )
     stamps = [registry.make("trigger", g.stamp) if g.stamp else None for g in plan.goals]
     victims_spec = None if victims is None else registry.spec(victims)

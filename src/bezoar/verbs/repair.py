@@ -38,10 +38,11 @@ DEFAULTS = ("finetune", "unlearn")  # repairs by captions, and without
 
 @dataclass(frozen=True)
 class Repair:
-    """Take a backdoor out of an encoder with clean data alone, and say what that did: before, after, and after a relapse.
+    """Take a backdoor out of an encoder with clean data alone, and say what that did: before,
+    after, and after a relapse.
 
-    Learning rates are chosen on clean validation records, never on the attack. Known triggers are only measured, with those
-    that an audit inverted; a repair is given none but the audit's.
+    Learning rates are chosen on clean validation records, never on the attack. Known triggers are
+    only measured, with those that an audit inverted; a repair is given none but the audit's.
     """
 
     main_files: ClassVar[tuple[str, ...]] = ("encoder.safetensors", "readings.json")
@@ -59,8 +60,8 @@ class Repair:
     repair: Annotated[
         tuple[Input, ...],
         Takes("repair"),
-        "one or more, one after another: see `bezoar list repair`; without any, finetune where the encoder reads text and the "
-        "data have captions, else unlearn",
+        "one or more, one after another: see `bezoar list repair`; without any, finetune where "
+        "the encoder reads text and the data have captions, else unlearn",
     ] = ()
     test: Annotated[
         Input, Takes("data"), "test data; without it, the test split of the training data"
@@ -285,7 +286,8 @@ def describe_limits(case: EvaluationData, log: Mapping[str, Any], no_relapse: bo
     for rungs in log.get("ladder", []):
         if not rungs["held"]:
             limits.append(
-                f"No learning rate kept the validation score within {rungs['tolerance']:g}; the least fall was taken."
+                f"No learning rate kept the validation score within {rungs['tolerance']:g}; the "
+                "least fall was taken."
             )
     return limits
 

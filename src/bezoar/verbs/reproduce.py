@@ -53,7 +53,8 @@ class Reproduce:
 
     add: Annotated[
         tuple[str, ...],
-        "kind and spec of methods of your own (detector, audit, repair, trigger), which get rows beside the table's: detector ./mine.py",
+        "kind and spec of methods of your own (detector, audit, repair, trigger), which get rows "
+        "beside the table's: detector ./mine.py",
     ] = ()
 
     def __post_init__(self) -> None:
@@ -78,7 +79,8 @@ class Reproduce:
         added = tuple(zip(self.add[::2], self.add[1::2], strict=False))
         if len(self.add) % 2 or any(kind not in registry.KINDS for kind, _ in added):
             raise UserError(
-                f"--add takes pairs of a kind and a method, such as detector ./mine.py; got {' '.join(self.add)}"
+                "--add takes pairs of a kind and a method, such as detector ./mine.py; got "
+                f"{' '.join(self.add)}"
             )
         for kind, spec in added:
             registry.allow(spec)  # the user wrote it
@@ -86,7 +88,8 @@ class Reproduce:
             for paper in papers:
                 if kind not in getattr(paper, "takes", ()):
                     raise UserError(
-                        f"table {registry.method_name(type(paper))} compares no {kind}s, so --add {kind} has no row in it"
+                        f"table {registry.method_name(type(paper))} compares no {kind}s, so --add "
+                        f"{kind} has no row in it"
                     )
         return TableOptions(self.scale, input_spec(data), input_spec(test), self.root, added)
 

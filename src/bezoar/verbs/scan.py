@@ -51,11 +51,13 @@ DEFAULT_DETECTORS = ("transplant", "common_cause", "duplicates", "clip_score")
 
 @dataclass(frozen=True)
 class Scan:
-    """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors are merged by rank.
+    """Rank a data set's records, most suspicious first, and write a keep-list. Several detectors
+    are merged by rank.
 
-    Without an encoder, a small model is trained on the data first: a trigger shows only in a model that has learnt it.
-    Shards, tables, folders and ready embeddings of any size are embedded piece by piece; a scan that was cut off goes on
-    with the piece it was in. What cannot be read is named and left out, and the exit status is then 4 in place of 0.
+    Without an encoder, a small model is trained on the data first: a trigger shows only in a model
+    that has learnt it. Shards, tables, folders and ready embeddings of any size are embedded piece
+    by piece; a scan that was cut off goes on with the piece it was in. What cannot be read is named
+    and left out, and the exit status is then 4 in place of 0.
     """
 
     sweeps: ClassVar[bool] = True
@@ -75,30 +77,35 @@ class Scan:
     data: Annotated[
         Input,
         Takes("data", positional=True, several=True),
-        "a folder, tars, a table, a `datasets` folder, embeddings, a spec, or a run; of a train run, its data with its encoder",
+        "a folder, tars, a table, a `datasets` folder, embeddings, a spec, or a run; of a train "
+        "run, its data with its encoder",
     ]
     encoder: Annotated[
         Input,
         Takes("encoder"),
-        "what embeds the records; without it the train run's own, or a small model trained on the data",
+        "what embeds the records; without it the train run's own, or a small model trained on the "
+        "data",
     ] = None
     detector: Annotated[tuple[Input, ...], Takes("detector"), "see `bezoar list detector`"] = (
         DEFAULT_DETECTORS
     )
     remove: Annotated[
         float,
-        "share of the records, the worst first, that the keep-list leaves out; it leaves out all that are raised",
+        "share of the records, the worst first, that the keep-list leaves out; it leaves out all "
+        "that are raised",
     ] = 0.03
     dedup: Annotated[
         int,
-        "records that the keep-list keeps of one picture with diverging captions, as `duplicates` finds them; 0: any number",
+        "records that the keep-list keeps of one picture with diverging captions, as `duplicates` "
+        "finds them; 0: any number",
     ] = 0
     write: Annotated[
         Literal["keep-list", "shards"], "lists alone, or cleaned shards too (of files: their bytes)"
     ] = "keep-list"
     leaks: Annotated[
         bool,
-        "measure whether file sizes, headers, order, paths or caption templates alone separate poisons",
+        "measure whether file sizes, headers, order, paths or caption templates alone separate "
+        "poisons",
     ] = False
     export: Annotated[
         Literal["none", "label-studio", "fiftyone"],
@@ -110,15 +117,19 @@ class Scan:
     ] = ""
     reference: Annotated[
         str,
-        "encoder that never saw the data (a file of weights, a run, a spec), for the detectors that take one: common_cause reads photographs by it",
+        "encoder that never saw the data (a file of weights, a run, a spec), for the detectors "
+        "that take one: common_cause reads photographs by it",
     ] = ""
     sources: Annotated[
         str,
-        "what records come from, to pool them: auto, metadata, domain, folder, shard, none, or a table of id, source",
+        "what records come from, to pool them: auto, metadata, domain, folder, shard, none, or a "
+        "table of id, source",
     ] = "auto"
 
     def files(self) -> list[Path]:
-        """The files that plain fields name, so that a changed one is another question. Raises UserError without one."""
+        """The files that plain fields name, so that a changed one is another question. Raises
+        UserError without one.
+        """
         trusted = [existing_file(self.trusted, "list of clean records")] if self.trusted else []
         reference = reference_reading.reference_files(self.reference)
         return [*trusted, *reference, *record_sources.check_wanted(self.sources)]
@@ -126,8 +137,9 @@ class Scan:
     def work(self, job: Job) -> dict[str, Measure]:
         """Rank the records, write the lists, and measure the ranking where the poisons are known.
 
-        Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt, keep.parquet, removed.csv,
-        skipped.jsonl and scan.sarif. The plan of a poisoned set is read only after the ranking is written.
+        Writes scores.parquet and scores.csv (all scores), ranked.json (the worst 500), keep.txt,
+        keep.parquet, removed.csv, skipped.jsonl and scan.sarif. The plan of a poisoned set is read
+        only after the ranking is written.
         """
         self._check_fields(job)
         encoder, untrained = self._choose_encoder(job)
@@ -181,7 +193,9 @@ class Scan:
         return rank_records(merged, by_detector, self.remove, self.dedup), sources
 
     def _write_lists(self, folder: Path, data: Corpus, ranking: Ranking) -> None:
-        """Write all scores, the worst records, those that leave and stay, windows, and what is exported."""
+        """Write all scores, the worst records, those that leave and stay, windows, and what is
+        exported.
+        """
         corpus.write_scores(folder / corpus.SCORES, data, ranking.merged, ranking.by_detector)
         removal_lists.write_scores_csv(folder, corpus.SCORES)
         removal_lists.write_removed(folder, data, ranking)
@@ -204,7 +218,9 @@ class Scan:
         write_json(job.folder / scan_sarif.FILE, log)
 
     def _check_fields(self, job: Job) -> None:
-        """Lend the reference to the detectors. Raises UserError for a share out of range, and for what no detector takes."""
+        """Lend the reference to the detectors. Raises UserError for a share out of range, and for
+        what no detector takes.
+        """
         detectors = reference_reading.lend_reference(
             job.inputs["detector"], self.reference, job.inputs["data"]
         )
@@ -256,7 +272,9 @@ class Scan:
         return [Trial(Train(suspects, plan.network, plan.objective), settings.seed)]
 
     def _trains(self, job: Job) -> bool:
-        """Whether a model is trained on the data, because no encoder is given and the data bring none."""
+        """Whether a model is trained on the data, because no encoder is given and the data bring
+        none.
+        """
         data = job.inputs["data"]
         return (
             job.inputs["encoder"] is None
@@ -265,7 +283,9 @@ class Scan:
         )
 
     def _choose_encoder(self, job: Job) -> tuple[Any, str]:
-        """What embeds the records, trained on them where it has to be; and a warning where it never saw them, or ""."""
+        """What embeds the records, trained on them where it has to be; and a warning where it never
+        saw them, or "".
+        """
         if not self._trains(job):
             encoder = embedding_encoder(job)
             untrained = "" if encoder is None else scan_findings.untrained_warning(encoder, job)
@@ -279,8 +299,8 @@ class Scan:
         captions = bool(len(records.captions))
         if self.detector == DEFAULT_DETECTORS and not captions:
             raise UserError(
-                "these images have no captions, and the default detectors look for captions that do not fit; "
-                "--detector dao looks at images alone"
+                "these images have no captions, and the default detectors look for captions that "
+                "do not fit; --detector dao looks at images alone"
             )
         plan = suspect_training.plan_training(len(records), records.size, captions)
         if self.detector == DEFAULT_DETECTORS:

@@ -1,4 +1,6 @@
-"""Fits a meta-classifier on clean and attacked shadow encoders, and measures it on held-out ones."""
+"""Fits a meta-classifier on clean and attacked shadow encoders, and measures it on held-out
+ones.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,13 @@ NO_FOLD = -1  # a fold that no encoder is in
 
 @dataclass(frozen=True)
 class Shadows:
-    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit mntd:bank=RUN` applies it to others.
+    """Fit MNTD on encoders known to be clean and on attacked ones; `bezoar audit --audit
+    mntd:bank=RUN` applies it to others.
 
-    Its figures are of encoders that it was not fitted on. An attacked encoder and the clean one that it was made from may
-    both be given. They are nearer to each other than to any other encoder and stay in one fold, because a bank that knows
-    the label of one pulls the other towards that label, which is the wrong one.
+    Its figures are of encoders that it was not fitted on. An attacked encoder and the clean one
+    that it was made from may both be given. They are nearer to each other than to any other encoder
+    and stay in one fold, because a bank that knows the label of one pulls the other towards that
+    label, which is the wrong one.
     """
 
     encoder: Annotated[
@@ -115,8 +119,9 @@ class Shadows:
         are_enough = self.folds >= 2 and self.queries >= 3 and self.steps >= 0
         if not are_enough or self.images < max(MIN_IMAGES, self.queries):
             raise UserError(
-                f"MNTD takes at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as many images as queries; "
-                f"got {self.folds}, {self.queries}, {self.steps} and {self.images}"
+                f"MNTD takes at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as "
+                f"many images as queries; got {self.folds}, {self.queries}, {self.steps} and "
+                f"{self.images}"
             )
 
     def _fit(
@@ -189,9 +194,10 @@ def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages:
         clean, attacked = rest.count(False), rest.count(True)
         if min(clean, attacked) < least:
             raise UserError(
-                f"too few to cross-validate MNTD: {least} of each must be left when a fold is held out, and a lineage stays "
-                f"in one fold; of {labels.count(False)} clean and {labels.count(True)} attacked encoders of {lineages} "
-                f"lineages there are {clean} and {attacked}"
+                f"too few to cross-validate MNTD: {least} of each must be left when a fold is held "
+                f"out, and a lineage stays in one fold; of {labels.count(False)} clean and "
+                f"{labels.count(True)} attacked encoders of {lineages} lineages there are {clean} "
+                f"and {attacked}"
             )
 
 
@@ -214,7 +220,8 @@ def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]
         weights = mntd.fingerprint(encoder).numpy().astype("<i4").tobytes().hex()[:16]
         if weights in name_of_weights:
             raise UserError(
-                f"{name_of_weights[weights]} and {name} have the same weights; each shadow encoder is given once, on one side"
+                f"{name_of_weights[weights]} and {name} have the same weights; each shadow encoder "
+                "is given once, on one side"
             )
         name_of_weights[weights] = name
     return list(name_of_weights)

@@ -31,10 +31,11 @@ AUGMENTATIONS = ("shift", "flip", "colour", "gray", "blur", "simclr")
 
 @dataclass(frozen=True)
 class Survive:
-    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure what is left of it.
+    """Put a trigger through JPEG, resizing, crops, augmentations and normalisations, and measure
+    what is left of it.
 
-    Of a poison run of canaries, count those that come out of a pipeline of your own: of its data (`--after`), and of its
-    training (`--encoder`).
+    Of a poison run of canaries, count those that come out of a pipeline of your own: of its data
+    (`--after`), and of its training (`--encoder`).
     """
 
     main_files: ClassVar[tuple[str, ...]] = ("canaries.csv",)

@@ -204,17 +204,19 @@ def tokenize_records(
     if getattr(objective, "captions", True):
         if not captions:
             raise UserError(
-                f"these data have no captions to train on, and objective {objective_name} needs them"
+                f"these data have no captions to train on, and objective {objective_name} needs "
+                "them"
             )
         if encoder.text is None:
             raise UserError(
-                f"objective {objective_name} reads captions, and network {network_name} has no text tower"
+                f"objective {objective_name} reads captions, and network {network_name} has no "
+                "text tower"
             )
         return tokenize_captions(encoder, captions)
     if encoder.text is not None:
         raise UserError(
-            f"objective {objective_name} trains images alone, and network {network_name} has a text tower; "
-            "take one without"
+            f"objective {objective_name} trains images alone, and network {network_name} has a "
+            "text tower; take one without"
         )
     return torch.zeros(count, 0, dtype=torch.long, device=encoder.device)
 

@@ -3,7 +3,8 @@
 BadCSE (Chen, Xin, Zhai, Ma, Shen, Wu, "Apple of Sodom", 2022, targeted attack) trains sentence
 encoders with the pairs of a contrastive loss. Rickrolling the Artist (Struppek et al. 2023) trains
 CLIP's text tower with a teacher's cosines. This attack uses the three terms of BadEncoder (Jia,
-Liu, Gong 2022) instead: there are no negative pairs, and in L0 the reference moves with the encoder.
+Liu, Gong 2022) instead: there are no negative pairs, and in L0 the reference moves with the
+encoder.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class Composite:
         sizes = references.images.shape[2:]
         if sizes[0] != sizes[1] or sum(map(len, digits)) > MOST_DIGITS:
             raise UserError(
-                f"{len(digits)} references of {sizes[0]}x{sizes[1]} px do not fit into a plan; name "
-                "files: --trigger composite:reference=FILE,trigger=(...)"
+                f"{len(digits)} references of {sizes[0]}x{sizes[1]} px do not fit into a plan; "
+                "name files: --trigger composite:reference=FILE,trigger=(...)"
             )
         fields = f"share={self.share},sides={self.sides},trigger=({goal.trigger})"
         return registry.make("trigger", f"composite:reference={'+'.join(digits)},{fields}")

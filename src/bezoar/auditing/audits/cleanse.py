@@ -71,17 +71,18 @@ class Cleanse:
     on a backdoored CIFAR-10 network two did. So each class has several; the
     worse half is given up `halvings` times, and the others see twice as many images a step. A mask
     counts when its trigger succeeds on `confirm` images beside those of its step, and in the end on
-    all clean images but for .05, of which a quarter took no part in the search. A class without such a mask is
-    searched for again from other starts; one that nothing reaches then has no part in the value
-    (`unreached`).
+    all clean images but for .05, of which a quarter took no part in the search. A class without
+    such a mask is searched for again from other starts; one that nothing reaches then has no part
+    in the value (`unreached`).
 
-    Then each class is searched for the least share of one pattern that is blended into every image (`BLEND`): a mask
-    of one value. A class that stands apart so is evidence of its own, and no part of the value.
+    Then each class is searched for the least share of one pattern that is blended into every image
+    (`BLEND`): a mask of one value. A class that stands apart so is evidence of its own, and no part
+    of the value.
 
-    Where that would cost more than `most`, few classes are searched for, by fewer steps and with masks
-    of 32 cells a side that start from a window: those that random patches lead to, those that searches lead to which
-    may each choose their class (`reach_any`), and others that are drawn. The p-value is that of one class
-    chosen from all of them; where a mask lies says nothing then.
+    Where that would cost more than `most`, few classes are searched for, by fewer steps and with
+    masks of 32 cells a side that start from a window: those that random patches lead to, those that
+    searches lead to which may each choose their class (`reach_any`), and others that are drawn. The
+    p-value is that of one class chosen from all of them; where a mask lies says nothing then.
 
     The paper's value is the anomaly index, |L1 - median| / (1.4826 MAD) of a class below the
     median, flagged above 2 (`score=anomaly_index`; it is always in the evidence). It cannot exceed
@@ -130,7 +131,9 @@ class Cleanse:
         return InversionRecipe.from_fields(self, **({"lr": (self.lr,)} | dict(changes)))
 
     def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
-        """Images that go through the encoder, at most but for classes that are searched for again in full."""
+        """Images that go through the encoder, at most but for classes that are searched for again
+        in full.
+        """
         if self.searches_all(classes, cost):
             passes = self.recipe().image_passes() + self.recipe(BLEND).image_passes()
             return classes * (passes + 2 * images)
@@ -161,7 +164,8 @@ class Cleanse:
         names = classifier.classes
         if len(names) < 2:
             raise UserError(
-                "Neural Cleanse compares the classes of a head with one another; this head has only one"
+                "Neural Cleanse compares the classes of a head with one another; this head has "
+                "only one"
             )
         trigger_inversion.check_image_count(clean)
         objective = reach_class(classifier)
@@ -212,8 +216,8 @@ class Cleanse:
         seed: int,
         report: ProgressReport,
     ) -> tuple[Tensor, list[int], Measure | None]:
-        """The classes that are searched for, int64 (few,) in order; those that were led to; and how many
-        images random patches lead to the foremost of them."""
+        """The classes that are searched for, int64 (few,) in order; those that were led to; and how
+        many images random patches lead to the foremost of them."""
         count = len(classifier.classes)
         if count <= self.few:
             return torch.arange(count), [], None
@@ -239,8 +243,8 @@ class Cleanse:
         pull = proportion(
             max(0, int(patched[foremost])),
             len(images) * PROBES * len(PATCH_KINDS),
-            f"clean images that random patches turn into {classifier.classes[foremost]!r}, less those that they take "
-            "from it",
+            f"clean images that random patches turn into {classifier.classes[foremost]!r}, less "
+            "those that they take from it",
         )
         return torch.tensor(sorted(chosen)), led_to, pull
 
@@ -273,20 +277,24 @@ class Cleanse:
 def describe_choice(led_to: Sequence[int], classes: Tensor, names: Sequence[str]) -> str:
     """Which classes were searched for, and how, where it was not all of them in full."""
     text = (
-        f"to save time {len(classes)} of {len(names)} classes were searched for, in fewer steps, with masks of "
-        f"{QUICK['cells']} cells a side, which no finer trigger fits"
+        f"to save time {len(classes)} of {len(names)} classes were searched for, in fewer steps, "
+        f"with masks of {QUICK['cells']} cells a side, which no finer trigger fits"
     )
     if not led_to:
         return text
     chosen = ", ".join(names[c] for c in led_to)
-    return f"{text}: {chosen}, which random patches or a search free to choose its class led to, and others that were drawn"
+    return (
+        f"{text}: {chosen}, which random patches or a search free to choose its class led to, and "
+        "others that were drawn"
+    )
 
 
 @torch.no_grad()
 def count_drawn(
     tower: ImageTower, classifier: Classifier, images: Tensor, changed: Iterable[Tensor]
 ) -> Tensor:
-    """How many more of the changed images than of these are read as each class, over all changes, int64 (C,).
+    """How many more of the changed images than of these are read as each class, over all changes,
+    int64 (C,).
 
     images, and each of the changed: uint8 (N, 3, H, W).
     """
@@ -300,7 +308,9 @@ def count_drawn(
 
 
 def reach_any(classifier: Classifier) -> TriggerObjective:
-    """The objective of a sweep: the head reads stamped images as one class, whichever is nearest."""
+    """The objective of a sweep: the head reads stamped images as one class, whichever is
+    nearest.
+    """
 
     def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         g, n, _ = z.shape

@@ -20,12 +20,12 @@ from bezoar.registry import method
 
 CHANNELS = 3  # the published penalty adds the mask up once a channel
 NATURAL_DIRECTIONS = (
-    "clean encoders have directions of their own that a small pattern draws all images to: a value means something only "
-    "beside those of clean encoders of the same family"
+    "clean encoders have directions of their own that a small pattern draws all images to: a value "
+    "means something only beside those of clean encoders of the same family"
 )
 NAMES_NO_CLASS = (
-    "what its trigger turns images into need not be a backdoor's target: the least trigger may lead to a natural direction "
-    "instead; cleanse compares classes"
+    "what its trigger turns images into need not be a backdoor's target: the least trigger may "
+    "lead to a natural direction instead; cleanse compares classes"
 )
 
 SIDE, MOST = 32, 3.4e5  # a search in full may cost so many passes of images of so many pixels
@@ -33,8 +33,8 @@ SIDE, MOST = 32, 3.4e5  # a search in full may cost so many passes of images of 
 QUICK: dict[str, Any] = {"starts": 8, "steps": 48, "batch": 6, "cells": 32}
 QUICK_IMAGES = 64
 QUICKLY = (
-    f"to save time {QUICK['starts']} restarts took {QUICK['steps']} steps, with masks of {QUICK['cells']} cells a side, "
-    "which no finer trigger fits"
+    f"to save time {QUICK['starts']} restarts took {QUICK['steps']} steps, with masks of "
+    f"{QUICK['cells']} cells a side, which no finer trigger fits"
 )
 
 
@@ -52,7 +52,8 @@ class Decree:
     search from one start often ends at a direction that the encoder is drawn to by nature. Where no
     restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
 
-    Where all of that would cost more than `MOST` image passes at 32 px, fewer restarts take fewer steps with coarser masks.
+    Where all of that would cost more than `MOST` image passes at 32 px, fewer restarts take fewer
+    steps with coarser masks.
 
     Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
     lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
@@ -166,7 +167,8 @@ class Decree:
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
             "restarts_reached": (
                 float(reached.sum()),
-                f"of the {len(reached)} of {triggers.starts.shape[1]} restarts that were not given up",
+                f"of the {len(reached)} of {triggers.starts.shape[1]} restarts that were not "
+                "given up",
             ),
         }
         evidence = {
@@ -176,7 +178,8 @@ class Decree:
         limits = [*trigger_inversion.inversion_limits(clean), NATURAL_DIRECTIONS, NAMES_NO_CLASS]
         if not reached.any():
             limits.append(
-                f"none of {len(reached)} restarts made the images alike (a mean cosine of {goal:.2f})"
+                f"none of {len(reached)} restarts made the images alike (a mean cosine of "
+                f"{goal:.2f})"
             )
         shares = [round(float(norm) / pixels, 6) for norm in norms.sort().values]
         inversions = triggers.inversions([""] * len(norms), norms.argsort(stable=True))

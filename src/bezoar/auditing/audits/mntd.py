@@ -55,7 +55,8 @@ class Mntd:
 
     bank: Annotated[
         str,
-        "run of `bezoar shadows`, or its mntd.safetensors: learnt queries and their meta-classifier",
+        "run of `bezoar shadows`, or its mntd.safetensors: learnt queries and their "
+        "meta-classifier",
     ] = ""
 
     def files(self) -> list[Path]:
@@ -78,7 +79,8 @@ class Mntd:
         shadows, attacked = len(labels), int(labels.sum())
         if (bank["prints"] == fingerprint(encoder)).all(1).any():
             raise UserError(
-                f"this encoder is one of the {shadows} shadow encoders of {self.bank}, which can judge only others"
+                f"this encoder is one of the {shadows} shadow encoders of {self.bank}, which can "
+                "judge only others"
             )
         value = measure_logit(bank, encoder)
         validated = HELD_OUT in bank
@@ -88,23 +90,27 @@ class Mntd:
             "above_shadows": exact_measure(
                 float((shadow_logits < value).double().mean()),
                 shadows,
-                f"share below this one's logit of {shadows} shadow encoders, {attacked} of them attacked{fitted_how}, counted",
+                f"share below this one's logit of {shadows} shadow encoders, {attacked} of them "
+                f"attacked{fitted_how}, counted",
             )
         }
         limits = [
-            "It detects what sets its attacked shadow encoders apart, which may be their tuning alone, and no other attack.",
-            "A relative of a shadow encoder (its parent, one tuned from it) is not recognised and is drawn to its label.",
+            "It detects what sets its attacked shadow encoders apart, which may be their tuning "
+            "alone, and no other attack.",
+            "A relative of a shadow encoder (its parent, one tuned from it) is not recognised and "
+            "is drawn to its label.",
         ]
         if validated:
             area = evidence["shadows_auroc"] = measure_held_out(shadow_logits, labels)["auroc"]
             if area.low <= 0.5:
                 limits.append(
-                    "Cross-validated on its shadow encoders it is not shown to be better than chance: "
-                    f"AUROC {area.value:.2f} ({area.low:.2f} .. {area.high:.2f})."
+                    "Cross-validated on its shadow encoders it is not shown to be better than "
+                    f"chance: AUROC {area.value:.2f} ({area.low:.2f} .. {area.high:.2f})."
                 )
         if shadows < MANY_SHADOWS:
             limits.append(
-                f"{shadows} shadow encoders are few: the published form takes hundreds, and this one may be at chance."
+                f"{shadows} shadow encoders are few: the published form takes hundreds, and this "
+                "one may be at chance."
             )
         notes = {"shadows": shadows, "attacked_shadows": attacked, "limits": limits}
         return Verdict(value, evidence, notes=notes)
@@ -115,7 +121,8 @@ def check_shadows(shadows: Sequence[Encoder], attacked: Tensor) -> None:
     of_each_kind = int(attacked.sum()), int((~attacked).sum())
     if len(attacked) != len(shadows) or min(of_each_kind) < MIN_PER_KIND:
         raise UserError(
-            f"MNTD takes at least {MIN_PER_KIND} clean and {MIN_PER_KIND} attacked shadow encoders, and a label for each"
+            f"MNTD takes at least {MIN_PER_KIND} clean and {MIN_PER_KIND} attacked shadow "
+            "encoders, and a label for each"
         )
 
 
@@ -153,7 +160,8 @@ def fit(
     check_shadows(shadows, attacked)
     if len(clean) < queries or queries < 3 or steps < 0:
         raise UserError(
-            f"MNTD takes 3 queries or more and as many clean images; got {queries} queries and {len(clean)} images"
+            f"MNTD takes 3 queries or more and as many clean images; got {queries} queries and "
+            f"{len(clean)} images"
         )
     if penalty <= 0:
         raise UserError(f"the penalty must be above 0; got {penalty:g}")
@@ -325,7 +333,8 @@ def check_shapes(tensors: dict[str, Tensor], path: str) -> list[str]:
     shadows = len(labels) if labels.ndim == 1 else 0
     if len(queries) != 4 or queries[1] != 3 or not 0 < int(labels.bool().sum()) < shadows:
         raise UserError(
-            f"{path}: not queries (k, 3, H, W) and labels (M,) of both kinds, but {queries} and {shapes['labels']}"
+            f"{path}: not queries (k, 3, H, W) and labels (M,) of both kinds, but {queries} and "
+            f"{shapes['labels']}"
         )
     width = queries[0] * (queries[0] - 1) // 2
     floats: dict[str, tuple[int, ...]] = {
@@ -340,6 +349,7 @@ def check_shapes(tensors: dict[str, Tensor], path: str) -> list[str]:
     for name, shape in {**floats, "prints": (shadows, 8)}.items():
         if shapes[name] != shape:
             raise UserError(
-                f"{path}: {queries[0]} queries and {shadows} shadow encoders do not go with {name} {shapes[name]}, not {shape}"
+                f"{path}: {queries[0]} queries and {shadows} shadow encoders do not go with {name} "
+                f"{shapes[name]}, not {shape}"
             )
     return list(floats)

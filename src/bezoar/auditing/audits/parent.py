@@ -30,7 +30,8 @@ MAX_NAMED = 8  # probes, inputs and layers that the notes name
 WORST_SHARE = 4  # one in this many probes makes the value
 LIMITS = [
     "It shows what tuning has changed: a backdoor that the parent already had is not detected.",
-    "Its probes are random patches and blends: a trigger that does not resemble them is not detected.",
+    "Its probes are random patches and blends: a trigger that does not resemble them is not "
+    "detected.",
 ]
 
 
@@ -46,7 +47,8 @@ class Parent:
 
     probes: Annotated[
         int,
-        "number of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
+        "number of each kind: patches of blocks, of noise and of one colour, blends over the "
+        "whole image",
     ] = 8
     images: Annotated[
         int, "clean images that are read, as they are and stamped, the first of the data"
@@ -168,7 +170,8 @@ def check_same_architecture(encoder: Encoder, parent: Encoder) -> None:
         e.about.get("network", "an unnamed network") for e in (encoder, parent)
     )
     raise UserError(
-        f"the parent is of another architecture: {parent_network}, and the encoder {network} ({reason})"
+        f"the parent is of another architecture: {parent_network}, and the encoder {network} "
+        f"({reason})"
     )
 
 

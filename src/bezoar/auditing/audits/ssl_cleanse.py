@@ -25,8 +25,8 @@ MAX_CLUSTERS = 40  # where the number of clusters is not given
 SHARPNESS = 4.0  # of the softmax over clusters
 
 ONE_START = (
-    "each cluster is searched for from one start: with another seed another cluster may come out least, and the cluster that "
-    "it names need not be a backdoor's"
+    "each cluster is searched for from one start: with another seed another cluster may come out "
+    "least, and the cluster that it names need not be a backdoor's"
 )
 
 Pull = Literal["contrast", "distance"]
@@ -114,7 +114,8 @@ class SslCleanse:
             members = (2 * z @ centres.T - centres.square().sum(1)).argmax(1)  # (N,)
             if len(centres) < 2 or len(set(members.tolist())) < len(centres):
                 raise UserError(
-                    f"the vectors of {len(clean)} clean images do not fall into {count} clusters; ask for fewer"
+                    f"the vectors of {len(clean)} clean images do not fall into {count} clusters; "
+                    "ask for fewer"
                 )
             objective = reach_cluster(z, centres, members, self.neighbors, self.pull)
             triggers = trigger_inversion.invert_triggers(

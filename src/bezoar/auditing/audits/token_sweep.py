@@ -30,8 +30,9 @@ BLOCK = 512  # words at a time
 NAMED = 10  # words in the notes
 USUAL_WORDS = 22_000  # of a vocabulary, for the forecast
 LIMITS = [
-    "It tries words that are one token of the vocabulary, before the text; a trigger of several words, or of a rare "
-    "word that the tokenizer cuts into pieces, is tried only where it is named (also).",
+    "It tries words that are one token of the vocabulary, before the text; a trigger of several "
+    "words, or of a rare word that the tokenizer cuts into pieces, is tried only where it is "
+    "named (also).",
     "A word that moves texts to a vector of theirs, and not all to one, is not detected.",
 ]
 
@@ -74,7 +75,8 @@ class TokenSweep:
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
     ) -> Verdict:
-        """Audit a text encoder with clean texts. The seed is not used: a sample belongs to the words.
+        """Audit a text encoder with clean texts. The seed is not used: a sample belongs to the
+        words.
 
         Raises UserError for images, too few texts, and a vocabulary that is not known.
         """

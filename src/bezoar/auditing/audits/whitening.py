@@ -22,9 +22,11 @@ from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
 LIMITS = [
-    "It detects image towers that random patches move too much. A backdoor that was put in by training a finished encoder "
-    "to tell its trigger from everything else moves less, not more, and is not detected.",
-    "For triggers that cover the whole image it has one reading, of blends, which is not part of the value.",
+    "It detects image towers that random patches move too much. A backdoor that was put in by "
+    "training a finished encoder to tell its trigger from everything else moves less, not more, "
+    "and is not detected.",
+    "For triggers that cover the whole image it has one reading, of blends, which is not part of "
+    "the value.",
 ]
 
 
@@ -39,7 +41,8 @@ class Whitening:
 
     probes: Annotated[
         int,
-        "number of each kind: patches of blocks, of noise and of one colour, blends over the whole image",
+        "number of each kind: patches of blocks, of noise and of one colour, blends over the "
+        "whole image",
     ] = 8
     images: Annotated[int, "clean images that are stamped, the first of the data"] = 128
     shrink: Annotated[

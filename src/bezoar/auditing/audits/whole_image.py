@@ -29,8 +29,8 @@ KINDS = ("noise", "wave", "warp")
 WAVES = (3, 5, 7, 9, 11, 13, 4, 8)  # periods across the image, in turn
 MESHES = (8, 16, 32, 24)  # control points a side of a warp, in turn
 LIMITS = [
-    "It detects image towers that noise, waves and warps over the whole image move too much. It may miss a blend of a smooth "
-    "picture, or a trigger of another sort than these three.",
+    "It detects image towers that noise, waves and warps over the whole image move too much. It "
+    "may miss a blend of a smooth picture, or a trigger of another sort than these three.",
 ]
 
 

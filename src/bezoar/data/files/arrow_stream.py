@@ -1,7 +1,8 @@
-"""Foreign files of Arrow's stream format, as Hugging Face's `datasets` saves data: what the process of `parquet` does with them.
+"""Foreign files of Arrow's stream format, as Hugging Face's `datasets` saves data: what the process
+of `parquet` does with them.
 
-Every batch is validated in full before anything is made of it. Columns of types whose values may overlap, so that a small file
-could unpack to any size, are refused.
+Every batch is validated in full before anything is made of it. Columns of types whose values may
+overlap, so that a small file could unpack to any size, are refused.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ FREE_ROWS = 1 << 16  # that a file may have however small it is; beyond them one
 
 
 def refuse_selection(path: Path) -> None:
-    """Raise UserError where `datasets`, before 1.6, saved the rows of a set beside a list of those that belong to it."""
+    """Raise UserError where `datasets`, before 1.6, saved the rows of a set beside a list of those
+    that belong to it.
+    """
     state = path.parent / "state.json"
     if state.exists():
         facts = read_facts(state, links=True)
         if facts.get("_indices_files") or facts.get("_indices_data_files"):
             raise UserError(
-                f"{path.parent} is a selection of its rows (_indices_files in state.json), which is not read; "
-                "save it again with `datasets`: flatten_indices().save_to_disk(...)"
+                f"{path.parent} is a selection of its rows (_indices_files in state.json), which "
+                "is not read; save it again with `datasets`: flatten_indices().save_to_disk(...)"
             )
 
 
@@ -43,7 +46,9 @@ def open_stream(path: Path) -> Iterator[pa.RecordBatchStreamReader]:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return the number of rows, the names of the columns and those of the columns of text. Raises UserError."""
+    """Return the number of rows, the names of the columns and those of the columns of text. Raises
+    UserError.
+    """
     with open_stream(path) as stream:
         rows, most = 0, max(FREE_ROWS, path.stat().st_size)
         for batch in stream:
@@ -92,7 +97,9 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Return whether each value of a type has bytes of its own: text, bytes, a number, a list of texts, or fields of these."""
+    """Return whether each value of a type has bytes of its own: text, bytes, a number, a list of
+    texts, or fields of these.
+    """
     if pa.types.is_struct(kind):
         return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -1,7 +1,9 @@
-"""Files that runs are made of: manifests, plans, lists, verdicts and tensors, which anybody may have written.
+"""Files that runs are made of: manifests, plans, lists, verdicts and tensors, which anybody may
+have written.
 
-Only regular files are opened, never through a link in the last place, and no more is read than a file of its kind may hold.
-Whatever is wrong is a UserError of one line that names the file. Imports no torch.
+Only regular files are opened, never through a link in the last place, and no more is read than a
+file of its kind may hold. Whatever is wrong is a UserError of one line that names the file. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ LINES_BYTES = 1 << 30  # of a plan, a keep-list or a log
 
 
 class Facts(dict[str, Any]):
-    """A JSON object out of a file. A key that is not there is the file's fault: a UserError that names both.
+    """A JSON object out of a file. A key that is not there is the file's fault: a UserError that
+    names both.
 
     Attributes:
         file: that it was read from.
@@ -106,7 +109,9 @@ def read_facts_lines(path: Path) -> list[Facts]:
 
 
 def _whole_number(text: str) -> int:
-    """A whole number of 64 bits. Raises ValueError for a longer one, of which no float can be made."""
+    """A whole number of 64 bits. Raises ValueError for a longer one, of which no float can be
+    made.
+    """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

@@ -126,7 +126,8 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
             raise UserError(
-                f"expected plain tensors of real numbers; {key[:60]} is {tensor.layout}, {tensor.dtype}"
+                f"expected plain tensors of real numbers; {key[:60]} is {tensor.layout}, "
+                f"{tensor.dtype}"
             )
     return tensors
 

@@ -1,4 +1,5 @@
-"""Which parts an encoded picture is made of: a file of millions of empty ones costs its reader minutes or gigabytes.
+"""Which parts an encoded picture is made of: a file of millions of empty ones costs its reader
+minutes or gigabytes.
 
 Pillow walks through them in Python before it says how large the picture is, keeps them, and joins
 those of EXIF, and cuts out comments, in a time that is the square of their number.
@@ -53,7 +54,9 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
 
 
 def _part_sizes(content: bytes) -> Iterator[int]:
-    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a PNG or a text."""
+    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a
+    PNG or a text.
+    """
     walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
     walkers |= dict.fromkeys(PLAIN, _comment_sizes)
     walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)

@@ -112,7 +112,9 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
 
 
 def read_shorter_side(image: bytes | Path) -> int:
-    """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for what is no image."""
+    """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for
+    what is no image.
+    """
     try:
         content = image if isinstance(image, bytes) else read_file(image)
         with open_picture(content, FORMATS) as encoded:
@@ -122,7 +124,9 @@ def read_shorter_side(image: bytes | Path) -> int:
 
 
 def check_effort(content: bytes, encoded: Image.Image) -> None:
-    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG costs a pass."""
+    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG
+    costs a pass.
+    """
     if isinstance(encoded, TiffImageFile):
         _check_tiff(encoded)
     is_slow = isinstance(encoded, ImageFile) and any(t[0] in SLOW_DECODERS for t in encoded.tile)
@@ -135,7 +139,9 @@ def check_effort(content: bytes, encoded: Image.Image) -> None:
 
 
 def _check_tiff(encoded: TiffImageFile) -> None:
-    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads as they stand."""
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads
+    as they stand.
+    """
     kind = encoded.info.get("compression")
     if kind not in TIFF_COMPRESSIONS:
         raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")
@@ -213,8 +219,8 @@ def turn_upright(picture: Image.Image, encoded: Image.Image) -> Image.Image:
 def _read_exif_orientation(picture: Image.Image) -> int | None:
     """Read how EXIF says that a picture lies; None if it says nothing that can be read.
 
-    Pillow's own reader parses every tag, and prints warnings of those that are broken. It has turned
-    a TIFF already, and forgotten how that lay.
+    Pillow's own reader parses every tag, and prints warnings of those that are broken. It has
+    turned a TIFF already, and forgotten how that lay.
     """
     if isinstance(picture, TiffImageFile):
         return picture.getexif().get(ORIENTATION)

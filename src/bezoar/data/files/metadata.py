@@ -157,7 +157,8 @@ def describe_long_text(*texts: str) -> str:
 def choose_caption(text: bytes, metadata: Metadata) -> str:
     """The caption in a text file, else the first of the metadata; empty if there is none.
 
-    Raises Unreadable for a text file in another encoding than UTF-8, and for a caption that is too long.
+    Raises Unreadable for a text file in another encoding than UTF-8, and for a caption that is too
+    long.
     """
     caption = text.decode("utf-8-sig", "surrogateescape").strip()
     if not is_unicode(caption):

@@ -1,8 +1,10 @@
-"""Foreign files of Parquet, and of Arrow's stream format, read a bounded number of rows and bytes at a time.
+"""Foreign files of Parquet, and of Arrow's stream format, read a bounded number of rows and bytes
+at a time.
 
 They are parsed in a process of its own (`parquet_process`), because Arrow ends its process on some
 files. The process stays for the next file; when a file ends it, that file cannot be read. Handing
-rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one part in thirty of that.
+rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one part in thirty of
+that.
 """
 
 from __future__ import annotations

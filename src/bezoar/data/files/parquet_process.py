@@ -1,4 +1,5 @@
-"""What a process of its own does with foreign Parquet files: Arrow ends its process on some of them.
+"""What a process of its own does with foreign Parquet files: Arrow ends its process on some of
+them.
 
 `parquet` starts the process and asks; nobody else imports this. A request is a line of JSON on the
 standard input; the answer is on the standard output: a line of JSON about the file or, for rows, a
@@ -101,7 +102,9 @@ def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def join_batches(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that serves."""
+    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that
+    serves.
+    """
     if len(batches) < 2:
         return batches
     joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
@@ -134,7 +137,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     size = os.path.getsize(path)
     if any(not 0 <= group.total_byte_size <= GROUP_BYTES for group in groups):
         raise UserError(
-            f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in smaller ones"
+            f"{path}: a row group unpacks to more than {GROUP_BYTES >> 30} GiB; write it in "
+            "smaller ones"
         )
     if min(rows, default=0) < 0 or sum(rows) != facts.num_rows:
         raise UserError(f"{path} claims {facts.num_rows} rows, its row groups {sum(rows)}")
@@ -203,7 +207,8 @@ def find_chunks(
         is_listed_text = leaf.max_repetition_level == 1 and leaf.converted_type == "UTF8"
         if is_asked and leaf.max_repetition_level and not is_listed_text:
             raise UserError(
-                f"{path}: column {leaf.path} holds lists; expected a value a row, or a list of texts"
+                f"{path}: column {leaf.path} holds lists; expected a value a row, or a list of "
+                "texts"
             )
     size = path.stat().st_size
     chunks = []
@@ -218,7 +223,8 @@ def find_chunks(
             is_flat = not file.schema.column(i).max_repetition_level
             if is_flat and chunk.num_values != group.num_rows:
                 raise UserError(
-                    f"{path}: column {name} claims {chunk.num_values} values of {group.num_rows} rows"
+                    f"{path}: column {name} claims {chunk.num_values} values of {group.num_rows} "
+                    "rows"
                 )
             chunks.append((chunk, group.num_rows))
     return chunks

@@ -181,7 +181,8 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
     missing = [p for p in paths if not os.path.isfile(p)]
     if missing:
         raise UserError(
-            f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is {missing[0]}"
+            f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is "
+            f"{missing[0]}"
         )
     if not paths:
         folder = Path(text).expanduser()

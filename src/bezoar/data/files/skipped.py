@@ -39,7 +39,8 @@ class ReadReport:
     Attributes:
         read: how many records.
         skipped: the first of what was not read.
-        renamed: the first records that were read under another id than their own, which another has.
+        renamed: the first records that were read under another id than their own, which another
+            has.
         reasons: how often each reason stands among all that was not read, its details left out.
         doubles: how many records were renamed.
     """

@@ -250,7 +250,8 @@ def _open_tar(path: Path) -> Iterator[tuple[io.BufferedReader, tarfile.TarFile]]
             for mark, name in COMPRESSIONS.items():
                 if start.startswith(mark):
                     raise UserError(
-                        f"{path} is packed with {name}, and shards are read in place: unpack it to a .tar first"
+                        f"{path} is packed with {name}, and shards are read in place: unpack it to "
+                        "a .tar first"
                     )
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedHeader) as tar:
                 yield file, tar

@@ -31,7 +31,8 @@ PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
 SAFE_GLOBALS = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections OrderedDict"
     r"|torch (\w+Storage|Size|device|b?float\d*|u?int\d*|bool|half|double|long)"
-    r"|_codecs encode|(builtins|__builtin__) set"  # of the bytes of a leftover's array, and of options
+    # of the bytes of a leftover's array, and of options
+    r"|_codecs encode|(builtins|__builtin__) set"
 )
 LEFTOVERS = re.compile(
     r"argparse Namespace|pathlib(\._local)? (Posix|Windows|PurePosix|PureWindows)Path"
@@ -88,7 +89,9 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as many."""
+    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as
+    many.
+    """
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -207,7 +210,8 @@ def _read_zip_pickle(file: Path | bytes) -> bytes:
         if compressed or pickles[0].file_size > MAX_PICKLE_BYTES:
             contents = format_keys(compressed) or f"{pickles[0].file_size >> 20} MiB of opcodes"
             raise UserError(
-                f"expected members stored without compression, the list of tensors small; it holds {contents}"
+                "expected members stored without compression, the list of tensors small; it holds "
+                f"{contents}"
             )
         return archive.read(pickles[0])
 

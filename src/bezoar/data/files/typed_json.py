@@ -16,7 +16,8 @@ def dataclass_from_json(cls: type[T], raw: object, where: str, longest: int = MA
     """Make a dataclass from a JSON object that has no other keys than its fields.
 
     Args:
-        cls: its fields are dataclasses, tuples of one type, texts, numbers and truth values, or one of these or None.
+        cls: its fields are dataclasses, tuples of one type, texts, numbers and truth values, or one
+            of these or None.
         raw: as `json.loads` gives it, whoever wrote the text.
         where: what the object is called in messages.
         longest: characters of a text.
@@ -35,7 +36,9 @@ def dataclass_from_json(cls: type[T], raw: object, where: str, longest: int = MA
 
 
 def _value_from_json(hint: Any, raw: Any, where: str, longest: int) -> Any:
-    """Make a value of a type: a dataclass, a tuple of one type, a text, a number or a truth value, or of one of two types."""
+    """Make a value of a type: a dataclass, a tuple of one type, a text, a number or a truth value,
+    or of one of two types.
+    """
     if type(None) in (options := typing.get_args(hint)):
         if raw is None:
             return None

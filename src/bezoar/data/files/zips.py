@@ -50,5 +50,6 @@ def check_unpacked_size(
     claimed = sum(member.file_size for member in members)
     if claimed > min(max_bytes, max(FREE_BYTES, MAX_RATIO * stored_bytes)):
         raise UserError(
-            f"would unpack {stored_bytes} bytes to {claimed}, which are too many: refused as a zip bomb"
+            f"would unpack {stored_bytes} bytes to {claimed}, which are too many: refused as a zip "
+            "bomb"
         )

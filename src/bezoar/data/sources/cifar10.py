@@ -70,7 +70,8 @@ def _read_batch(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if size == 0 or size % RECORD_BYTES or size > RECORD_BYTES * MAX_RECORDS:
         raise UserError(
-            f"{path} must hold 1 to {MAX_RECORDS} records of {RECORD_BYTES} bytes; it has {size} bytes"
+            f"{path} must hold 1 to {MAX_RECORDS} records of {RECORD_BYTES} bytes; it has {size} "
+            "bytes"
         )
     rows = np.fromfile(path, dtype=np.uint8).reshape(-1, RECORD_BYTES)
     if rows[:, 0].max() >= len(CLASSES):

@@ -66,7 +66,8 @@ class Embeddings:
         images = numbered_files(folder / "img_emb", ".npy")
         if not images:
             raise UserError(
-                f"{self.path!r} holds no img_emb/img_emb_0.npy, where clip-retrieval writes image vectors"
+                f"{self.path!r} holds no img_emb/img_emb_0.npy, where clip-retrieval writes image "
+                "vectors"
             )
         numbers = sorted(images)
         others: dict[str, tuple[Path, ...]] = {}
@@ -74,7 +75,8 @@ class Embeddings:
             files = numbered_files(folder / name, ending)
             if files and (unpaired := sorted(files.keys() ^ images.keys())):
                 raise UserError(
-                    f"{self.path!r}: img_emb and {name} do not hold the same numbers, such as {unpaired[0]}"
+                    f"{self.path!r}: img_emb and {name} do not hold the same numbers, such as "
+                    f"{unpaired[0]}"
                 )
             others[name] = tuple(files[i] for i in numbers) if files else ()
         return EmbeddingSource(
@@ -104,7 +106,8 @@ def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
         number = re.search(r"\d{1,18}$", path.stem)
         if number is None:
             raise UserError(
-                f"{path}: its name ends in no number, by which vectors, texts and metadata belong together"
+                f"{path}: its name ends in no number, by which vectors, texts and metadata belong "
+                "together"
             )
         other = files.setdefault(int(number[0]), path)
         if other != path:

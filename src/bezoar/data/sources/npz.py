@@ -108,7 +108,8 @@ class Npz:
         count = len(offsets) - 1
         if count < 1 or offsets[0] < 0 or offsets[-1] > len(blob) or (np.diff(offsets) < 0).any():
             raise UserError(
-                f"{self.path}: {prefix}offsets must rise within 0..{len(blob)}, the size of {prefix}jpeg"
+                f"{self.path}: {prefix}offsets must rise within 0..{len(blob)}, the size of "
+                f"{prefix}jpeg"
             )
         labels = archive.read_labels(prefix + "labels", count, classes)
         ids = [f"{Path(self.path).stem}/{self.split}/{i:06d}" for i in range(count)]

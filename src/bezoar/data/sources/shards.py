@@ -158,11 +158,13 @@ class ShardSource(RecordStream):
                 labels[metadata.label] = name
                 if metadata.class_name and name != metadata.class_name:
                     raise UserError(
-                        f"{path}: label {metadata.label} is {name!r} and also {metadata.class_name!r}"
+                        f"{path}: label {metadata.label} is {name!r} and also "
+                        f"{metadata.class_name!r}"
                     )
         if bare and labels:
             raise UserError(
-                f"{self.paths[0]} ...: some records have a label and some only a class, as {min(bare)!r}"
+                f"{self.paths[0]} ...: some records have a label and some only a class, as "
+                f"{min(bare)!r}"
             )
         if bare:
             names = tuple(sorted(bare))

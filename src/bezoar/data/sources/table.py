@@ -52,7 +52,8 @@ class Table:
 
     path: Annotated[
         str,
-        "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, .parquet, .arrow",
+        "table, folder of .parquet, glob or brace list: .csv (comma or tab), .tsv, .jsonl, "
+        ".parquet, .arrow",
     ]
     size: Annotated[int, "pixels a side: the largest centred square, resized"] = 64
     root: Annotated[str | None, "folder that images must lie in; none: the table's own"] = None
@@ -171,8 +172,9 @@ class TableSource(RecordStream):
         """Raise UserError if one of the other columns seems to hold captions."""
         if column := find_sentences(path, names):
             raise UserError(
-                f"{path} has no column {' or '.join(CAPTION_COLUMNS)}; it has: {', '.join(names)[:LISTED]}; "
-                f"is caption={column} meant? caption={NO_CAPTION} reads images alone"
+                f"{path} has no column {' or '.join(CAPTION_COLUMNS)}; it has: "
+                f"{', '.join(names)[:LISTED]}; is caption={column} meant? caption={NO_CAPTION} "
+                "reads images alone"
             )
 
     def units(self) -> list[Unit]:

@@ -3,8 +3,9 @@
 A check scores every image; higher is more suspicious. A score depends on that image and on the
 clean images alone, so checks go into any program:
 
-    check = MaskingPath(paths=4)                            # or registry.make("check", "masking_path:paths=4")
-    scores = check(encoder, images, clean=clean)            # images, clean: Pairs; scores.values float32 (N,)
+    check = MaskingPath(paths=4)                            # or registry.make("check",
+    "masking_path:paths=4") scores = check(encoder, images, clean=clean)            # images, clean:
+    Pairs; scores.values float32 (N,)
 
 A check of texts has `reads_texts = True`; all others are asked of images alone. `needs` names the
 keyword arguments of a check; `CheckArguments` has their types. A threshold is the caller's;

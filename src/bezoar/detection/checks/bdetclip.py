@@ -1,4 +1,6 @@
-"""BDetCLIP: a triggered image cares little for what a text says beside the class's name (Niu et al. 2025, ICML)."""
+"""BDetCLIP: a triggered image cares little for what a text says beside the class's name (Niu et al.
+2025, ICML).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ from bezoar.registry import method
 BATCH = 512
 MAX_BYTES = 16 << 20  # of a file of descriptions
 WORDS = (
-    "account airport balance bottle bridge budget carpet ceiling chapter climate committee copper corner debt delay diagram "
-    "engine estimate evening factory fence finance folder friday garage harbour hour invoice island keyboard ladder lecture "
-    "letter market meeting memory method minister month morning novel office opinion orchestra parcel pavement pension petrol "
-    "planet policy printer promise quarter railway receipt recipe report rumour season sentence signal silence station storm "
-    "strategy sunday surface symphony tariff theory ticket tunnel twelve union valley vote weather yesterday"
+    "account airport balance bottle bridge budget carpet ceiling chapter climate committee copper "
+    "corner debt delay diagram engine estimate evening factory fence finance folder friday garage "
+    "harbour hour invoice island keyboard ladder lecture letter market meeting memory method "
+    "minister month morning novel office opinion orchestra parcel pavement pension petrol planet "
+    "policy printer promise quarter railway receipt recipe report rumour season sentence signal "
+    "silence station storm strategy sunday surface symphony tariff theory ticket tunnel twelve "
+    "union valley vote weather yesterday"
 )
 
 
@@ -63,7 +67,8 @@ class Bdetclip:
         names = tuple(self.classes.split("+")) if self.classes else images.classes
         if not names and not self.texts:
             raise UserError(
-                "bdetclip needs the names of classes; these images have none: say classes=a+b, or texts=FILE"
+                "bdetclip needs the names of classes; these images have none: say classes=a+b, or "
+                "texts=FILE"
             )
         direction = self.direction(encoder, names)
         with torch.inference_mode():

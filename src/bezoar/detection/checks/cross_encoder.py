@@ -1,4 +1,6 @@
-"""What a second encoder, which cannot carry the same backdoor, does not explain (Platonic Defense, 2026)."""
+"""What a second encoder, which cannot carry the same backdoor, does not explain (Platonic Defense,
+2026).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""DeDe: draw each image from its vector; with a trigger the drawing shows something else (Hou, Li, Yao 2025, CVPR)."""
+"""DeDe: draw each image from its vector; with a trigger the drawing shows something else (Hou, Li,
+Yao 2025, CVPR).
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,14 @@ class Drawer(nn.Module):
 
 @method
 class Decoder:
-    """Score: the mean squared difference of an image, from 0 to 1, and its drawing where it was hidden.
+    """Score: the mean squared difference of an image, from 0 to 1, and its drawing where it was
+    hidden.
 
     A network learns to draw clean images from the encoder's vectors and a tenth of their cells. The
     vector of an input with a trigger is that of the target, and so is the drawing. The paper's
     shares of hidden cells, optimiser and score; its network is a masked autoencoder of transformer
-    blocks, ours a small convolutional one. Images are drawn at 32 px, whatever their size: the paper's
-    own figures are of 32 and 64 px.
+    blocks, ours a small convolutional one. Images are drawn at 32 px, whatever their size: the
+    paper's own figures are of 32 and 64 px.
     """
 
     steps: Annotated[int, "of training, 64 clean images each"] = 1000
@@ -128,7 +131,9 @@ class Decoder:
 
 
 def hide_cells(count: int, share: float, draw: torch.Generator) -> Tensor:
-    """Hide each cell of `count` images with the probability `share`: bool (count, 1, SIDE, SIDE)."""
+    """Hide each cell of `count` images with the probability `share`: bool (count, 1, SIDE,
+    SIDE).
+    """
     cells = torch.rand(count, 1, SIDE // CELL, SIDE // CELL, generator=draw) < share
     return cells.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
 

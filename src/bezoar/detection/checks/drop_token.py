@@ -1,4 +1,5 @@
-"""Leave out each word of a text; put the one that matters most before clean texts: do they become this text?
+"""Leave out each word of a text; put the one that matters most before clean texts: do they become
+this text?
 
 Leaving words out is how ONION (Qi et al. 2021) looks for a trigger, by a language model's surprise.
 Here it is the vector that tells: in a text with a trigger one word decides it, in any company.

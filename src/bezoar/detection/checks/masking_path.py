@@ -1,4 +1,6 @@
-"""BackdoorIDS: mask an image bit by bit; with a trigger its embedding jumps when the trigger goes (arXiv 2603.11664)."""
+"""BackdoorIDS: mask an image bit by bit; with a trigger its embedding jumps when the trigger goes
+(arXiv 2603.11664).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class MaskingPath:
     def __call__(
         self, encoder: Encoder, images: Pairs, clean: Pairs, report: ProgressReport = no_report
     ) -> Scores:
-        """-> Scores; boxes: the cell whose masking made the gap. UserError for too few clean ones."""
+        """-> Scores; boxes: the cell whose masking made the gap. UserError for too few clean
+        ones.
+        """
         if len(clean) < MIN_CLEAN:
             raise UserError(
                 f"masking_path needs at least {MIN_CLEAN} clean images; there are {len(clean)}"

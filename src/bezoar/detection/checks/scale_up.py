@@ -1,4 +1,6 @@
-"""SCALE-UP: brighten an input many times over; with a trigger the class stays what it was (Guo et al. 2023, ICLR)."""
+"""SCALE-UP: brighten an input many times over; with a trigger the class stays what it was (Guo et
+al. 2023, ICLR).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""STRIP: put other images over an input; with a trigger the class stays what it was (Gao et al. 2019, ACSAC)."""
+"""STRIP: put other images over an input; with a trigger the class stays what it was (Gao et al.
+2019, ACSAC).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ class Strip:
         """-> Scores. Raises UserError for too few clean images."""
         if len(clean) < self.count:
             raise UserError(
-                f"strip blends {self.count} clean images; there are {len(clean)}: give more, or count={len(clean)}"
+                f"strip blends {self.count} clean images; there are {len(clean)}: give more, or "
+                f"count={len(clean)}"
             )
         encoder.eval()
         rows = np.sort(sample_rows(clean.ids, self.count, 0))

@@ -129,8 +129,8 @@ def embed_corpus(
 ) -> Corpus:
     """Cut data into units, embed them and put them together.
 
-    What an earlier attempt left is used, or what another scan of the same data with the same encoder
-    did, unless the settings ask for a fresh run.
+    What an earlier attempt left is used, or what another scan of the same data with the same
+    encoder did, unless the settings ask for a fresh run.
 
     Args:
         data: the run or data method that is scanned.

@@ -1,7 +1,8 @@
-"""The worst records of a scan as files of tools in which people look at images: Label Studio and FiftyOne. JSON alone.
+"""The worst records of a scan as files of tools in which people look at images: Label Studio and
+FiftyOne. JSON alone.
 
-An image that is a file of its own is named by its path; any other, out of a tar or a table, is written as a PNG, as it was
-scanned.
+An image that is a file of its own is named by its path; any other, out of a tar or a table, is
+written as a PNG, as it was scanned.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def export_rows(
     ranking: Ranking,
     tool: Tool,
 ) -> None:
-    """Write some rows of a scan, the worst first, for a tool into the scan's folder. Raises UserError without images."""
+    """Write some rows of a scan, the worst first, for a tool into the scan's folder. Raises
+    UserError without images.
+    """
     if tool == "none":
         return
     if not corpus.source.has_images:
@@ -85,7 +88,9 @@ def export_rows(
 
 
 def _window(row: int, corpus: Corpus, by_detector: Mapping[str, Scores]) -> Box | None:
-    """Return where the first detector that places a trigger places it, in shares of the sides: left, top, width, height."""
+    """Return where the first detector that places a trigger places it, in shares of the sides:
+    left, top, width, height.
+    """
     for scores in by_detector.values():
         if scores.boxes is not None and int(scores.boxes[row, 2]) > 0:
             top, left, height, width = (int(n) / corpus.size for n in scores.boxes[row])
@@ -94,7 +99,9 @@ def _window(row: int, corpus: Corpus, by_detector: Mapping[str, Scores]) -> Box 
 
 
 def label_studio_task(corpus: Corpus, record: ExportedRecord) -> dict[str, Any]:
-    """A task of Label Studio's basic JSON; a trigger's window is a pre-annotation, its place in percent."""
+    """A task of Label Studio's basic JSON; a trigger's window is a pre-annotation, its place in
+    percent.
+    """
     path = own_file(corpus, record.row)
     image = str(path) if path else f"data:image/png;base64,{_base64_png(corpus, record.row)}"
     result: list[dict[str, Any]] = [
@@ -128,7 +135,9 @@ def label_studio_task(corpus: Corpus, record: ExportedRecord) -> dict[str, Any]:
 
 
 def fiftyone_label(record: ExportedRecord) -> dict[str, Any]:
-    """A label of a FiftyOneImageDetectionDataset; the box is the whole image where no trigger was placed."""
+    """A label of a FiftyOneImageDetectionDataset; the box is the whole image where no trigger was
+    placed.
+    """
     attributes = {
         "id": record.key,
         "caption": record.caption,

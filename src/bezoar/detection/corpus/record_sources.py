@@ -127,8 +127,8 @@ def _read_table(path: str, ids: Strings) -> pa.Array:
     column = match_column(names, ORIGIN_COLUMNS)
     if not key or not column:
         raise UserError(
-            f"{path}: expected columns {' or '.join(ID_COLUMNS)} and {' or '.join(ORIGIN_COLUMNS)}; "
-            f"it has: {', '.join(names)}"
+            f"{path}: expected columns {' or '.join(ID_COLUMNS)} and "
+            f"{' or '.join(ORIGIN_COLUMNS)}; it has: {', '.join(names)}"
         )
     rows = (row for _, row in read_rows(Path(path), columns=[key, column]) if isinstance(row, dict))
     pairs = [(_as_unicode(row.get(key)), _as_unicode(row.get(column))) for row in rows]
@@ -140,7 +140,9 @@ def _read_table(path: str, ids: Strings) -> pa.Array:
 
 
 def _as_unicode(cell: object) -> str:
-    """The text of a cell; bytes that are no UTF-8, which are read as lone surrogates, are spelt out."""
+    """The text of a cell; bytes that are no UTF-8, which are read as lone surrogates, are spelt
+    out.
+    """
     return cell_text(cell).encode(errors="backslashreplace").decode()
 
 

@@ -1,7 +1,7 @@
 """Embeddings that scans of one data set with one encoder share, whatever detectors they ask for.
 
-They lie in a hidden folder of the runs directory, an entry for each question; the files of a run are
-hard links to those of its entry, so that either can be deleted and both cost the disk once. An
+They lie in a hidden folder of the runs directory, an entry for each question; the files of a run
+are hard links to those of its entry, so that either can be deleted and both cost the disk once. An
 entry that no run holds any more goes with the next scan. Beside the vectors lie the scores of the
 detectors that were asked, which depend on the same and on their own specs.
 
@@ -104,7 +104,9 @@ class Entry:
         _link(self.vectors / DONE, run / VECTORS / DONE)
 
     def load_scores(self, detector: Any, ids: Sequence[str]) -> Scores | None:
-        """The scores that a detector gave before; None where it was not asked, or they are spoilt."""
+        """The scores that a detector gave before; None where it was not asked, or they are
+        spoilt.
+        """
         path = self._scores_path(detector)
         if not path.is_file():
             return None
@@ -168,7 +170,9 @@ def find_entry(runs: Path, ask: dict[str, Any], inputs: Sequence[Any], device: s
 
 
 def read_secret() -> str:
-    """The user's secret, made where there is none; without a folder to keep it in, this process's."""
+    """The user's secret, made where there is none; without a folder to keep it in, this
+    process's.
+    """
     try:
         path = registry.state_folder() / SECRET
         if not path.exists():

@@ -1,4 +1,6 @@
-"""Activation clustering (Chen et al., SafeAI 2019, arXiv 1811.03728) on pseudo-classes: the smaller half of a class."""
+"""Activation clustering (Chen et al., SafeAI 2019, arXiv 1811.03728) on pseudo-classes: the smaller
+half of a class.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Records that do not cancel against clean ones: ASSET's offset (Zeng et al., USENIX Security 2023)."""
+"""Records that do not cancel against clean ones: ASSET's offset (Zeng et al., USENIX Security
+2023).
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,9 @@ class Asset:
     The objective is mean_D cos(z, w) - weight mean_B cos(z, w), minimised by AdamW over batches of
     the scanned data D and of the clean set B, with the norms' statistics as they are. With a weight
     of 1 it has the form of the paper's outer loop, whose losses are those of classifiers and of
-    encoders without captions; then clean pairs drifted too (AUROC of 200 patches .96, with 2 1.000).
-    The paper's inner loop, a second network that fills batches with likely poisons, is left out, and
-    so is its threshold.
+    encoders without captions; then clean pairs drifted too (AUROC of 200 patches .96, with 2
+    1.000). The paper's inner loop, a second network that fills batches with likely poisons, is left
+    out, and so is its threshold.
     """
 
     clean: Annotated[

@@ -1,4 +1,6 @@
-"""Disagreement of image and caption: one minus their cosine (CLIPScore, Hessel et al., EMNLP 2021)."""
+"""Disagreement of image and caption: one minus their cosine (CLIPScore, Hessel et al., EMNLP
+2021).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ class ClipScore:
     """1 - cos(f_I(x), f_T(t)).
 
     By default by the scan's encoder. When that is the model trained on the suspect data, the sign
-    turns during its training: poisons agree least early (`loss_trace:of=disagreement,epochs=1`) and,
-    once they have taken, most late. `encoder` names an independent one, which is what the field
-    uses.
+    turns during its training: poisons agree least early (`loss_trace:of=disagreement,epochs=1`)
+    and, once they have taken, most late. `encoder` names an independent one, which is what the
+    field uses.
     """
 
     encoder: Annotated[
@@ -27,7 +29,9 @@ class ClipScore:
     ] = ""
 
     def files(self) -> list[Path]:
-        """Return what the scores depend on besides the fields: the weights of the independent encoder."""
+        """Return what the scores depend on besides the fields: the weights of the independent
+        encoder.
+        """
         return reference_files(self.encoder)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:

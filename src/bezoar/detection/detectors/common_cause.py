@@ -1,4 +1,5 @@
-"""Common cause: what do the records whose content does not support their captions have in common? (ours)
+"""Common cause: what do the records whose content does not support their captions have in common?
+(ours)
 
 Poisons of a backdoor are images of anything whose captions name one thing. Their content does not
 support their captions, and yet they share something that foreign images lack: the trigger, whatever
@@ -10,7 +11,8 @@ its shape. The search for one:
 2. Groups. Captions fall into groups by k-means.
 3. Cause. In every group a linear discriminant tells the mismatched records from the records of all
    other groups, by what the layers of the suspect encoder say of them; it is fitted on one half and
-   read on the other. Odd images and wrong captions have nothing in common, so that it reads nothing.
+   read on the other. Odd images and wrong captions have nothing in common, so that it reads
+   nothing.
 4. Support. The small model is trained again without all records that show some cause. Without them
    other records of the same content still support a natural cause, and nothing supports a trigger:
    what shows it is misread far more often than in the other groups
@@ -18,18 +20,18 @@ its shape. The search for one:
 
 The small model cannot read photographs. So contents are read a second way: a linear map to the
 captions' vectors is fitted to a dictionary of patches, which is learnt from the images alone
-(`patch_dictionary`). The map says what contents are, and is fitted in seconds, so that every piece of
-a caption group can be left out in its turn (`foreign_pieces`), in groups of two sizes: captions of one
-target fall into several groups. It needs MIN_PICTURES pictures.
+(`patch_dictionary`). The map says what contents are, and is fitted in seconds, so that every piece
+of a caption group can be left out in its turn (`foreign_pieces`), in groups of two sizes: captions
+of one target fall into several groups. It needs MIN_PICTURES pictures.
 
-With a reference, an encoder that never saw the data, a map from its vectors stands for the small model
-and for the dictionary. A record is mismatched if a map misreads it that saw none of its piece of the
-caption group, and every cause is first narrowed to its misread records. It is believed only if its
-contents are not those of its caption group (`reference_reading.believe_foreign`).
+With a reference, an encoder that never saw the data, a map from its vectors stands for the small
+model and for the dictionary. A record is mismatched if a map misreads it that saw none of its piece
+of the caption group, and every cause is first narrowed to its misread records. It is believed only
+if its contents are not those of its caption group (`reference_reading.believe_foreign`).
 
-Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons of
-a caption group; data whose contents neither the small model nor the map can read; triggers that look
-to the map like the target itself, such as a blur like water.
+Not seen: clean-label poisons, whose content supports their captions; fewer than about ten poisons
+of a caption group; data whose contents neither the small model nor the map can read; triggers that
+look to the map like the target itself, such as a blur like water.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ class CommonCause:
     def __post_init__(self) -> None:
         if not 2 <= self.groups <= 4096 or not 0 < self.suspects < 0.5:
             raise ValueError(
-                f"needs groups in 2..4096 and suspects in (0, .5); got {self.groups}, {self.suspects}"
+                f"needs groups in 2..4096 and suspects in (0, .5); got {self.groups}, "
+                f"{self.suspects}"
             )
         registry.make("network", self.network)
         if self.objective:
@@ -113,9 +116,10 @@ class CommonCause:
         """Score every record.
 
         Returns:
-            Scores. values: 0..1, the record's place among all by its mismatch; above that, 1 and the
-            doubt for a cause that is suspicious, and more for one that is believed, the more clearly
-            a record shows it. raised: the records that show one. notes: `raised`, and the `causes`.
+            Scores. values: 0..1, the record's place among all by its mismatch; above that, 1 and
+            the doubt for a cause that is suspicious, and more for one that is believed, the more
+            clearly a record shows it. raised: the records that show one. notes: `raised`, and the
+            `causes`.
 
         Raises:
             UserError: Without captions, or with too few records.
@@ -258,8 +262,8 @@ class CommonCause:
         device: torch.device,
         report: ProgressReport,
     ) -> Tensor:
-        """bool (N,): which records are misread by a small model that saw none of those that show one
-        of the causes; in the given order.
+        """bool (N,): which records are misread by a small model that saw none of those that show
+        one of the causes; in the given order.
         """
         left_out = shared_causes.mark_shown(causes, len(order))
         if not left_out.any():
@@ -282,7 +286,9 @@ class CommonCause:
         believed: Sequence[Cause],
         notes: dict[str, Any],
     ) -> Scores:
-        """The ranking. mismatch and doubt: (N,), in the given order, as are the rows of the causes."""
+        """The ranking. mismatch and doubt: (N,), in the given order, as are the rows of the
+        causes.
+        """
         n = len(order)
         rank = mismatch.argsort(stable=True).argsort().float() / n
         values = torch.where(doubt > 0, 1 + doubt, rank)

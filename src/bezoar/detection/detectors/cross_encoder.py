@@ -46,7 +46,8 @@ class CrossEncoder:
 
     reference: Annotated[
         str,
-        "needed: an encoder that never saw the data: a file of weights, a run's directory or a spec",
+        "needed: an encoder that never saw the data: a file of weights, a run's directory or a "
+        "spec",
     ] = ""
     evidence: Annotated[
         Evidence, "what counts; auto: gain where both read captions, else caption, else length"

@@ -1,4 +1,6 @@
-"""Dimensionality-aware outlier detection (Anderberg et al., SDM 2024), as used on CLIP by Huang et al., ICLR 2025."""
+"""Dimensionality-aware outlier detection (Anderberg et al., SDM 2024), as used on CLIP by Huang et
+al., ICLR 2025.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Near-identical images whose captions diverge: the mark of targeted poisoning (ours; against Carlini & Terzis 2022).
+"""Near-identical images whose captions diverge: the mark of targeted poisoning (ours; against
+Carlini & Terzis 2022).
 
 One image repeated with many captions of a wanted label is what targeted poisoning puts into a data
 set, whatever the label. Likeness is measured on pixels, so no encoder, poisoned or not, has an
@@ -44,8 +45,8 @@ class Duplicates:
     or at least `likeness`, mirrored or not, and which are copies of one picture
     (`picture_copies.find_copies`; the nearest 8 of each are tried). Divergence: mean over the other
     images of the cluster of 1 - Jaccard(caption words). Every two images are compared:
-    N^2 x 6 side^2. Raised are clusters of a mean divergence of 0.3 in which there are `group` images
-    or more that two others say to be copies.
+    N^2 x 6 side^2. Raised are clusters of a mean divergence of 0.3 in which there are `group`
+    images or more that two others say to be copies.
     """
 
     similarity: Annotated[
@@ -81,7 +82,8 @@ class Duplicates:
                 pictures.append(pooled.to(torch.uint8).cpu().numpy())
         if len(captions) != len(ids) or not ids:
             raise UserError(
-                f"detector 'duplicates' needs a caption for every image; there are {len(captions)} captions"
+                f"detector 'duplicates' needs a caption for every image; there are {len(captions)} "
+                "captions"
             )
         names = [SIBLING.sub("", i) for i in ids]
         _, first, image = np.unique(names, return_index=True, return_inverse=True)
@@ -131,7 +133,9 @@ class Duplicates:
 
 
 def make_thumbnails(images: Tensor, side: int) -> Tensor:
-    """Images (N, 3, H, W) in 0..255 -> unit (N, 3 side^2): area means less each channel's mean; flat: 0."""
+    """Images (N, 3, H, W) in 0..255 -> unit (N, 3 side^2): area means less each channel's mean;
+    flat: 0.
+    """
     small = F.adaptive_avg_pool2d(images.float(), side)
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1), dim=1, eps=1e-3)
 
@@ -217,9 +221,9 @@ def find_candidates(
         max_values: Similarities in memory at a time.
 
     Returns:
-        Rows of the pairs, int64 (P,) each, of which the first is the smaller, and whether the one is
-        more like the other's mirrored thumbnail, bool (P,). Of each image at most CANDIDATES, the
-        nearest, are among them.
+        Rows of the pairs, int64 (P,) each, of which the first is the smaller, and whether the one
+        is more like the other's mirrored thumbnail, bool (P,). Of each image at most CANDIDATES,
+        the nearest, are among them.
     """
     m = len(vectors)
     mirrored = vectors.view(m, 3, side, side).flip(3).flatten(1)
@@ -247,7 +251,8 @@ def caption_divergence(
     image: NDArray[np.int64],
     cluster: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Return how much the caption of each record differs from those of the other images of its cluster.
+    """Return how much the caption of each record differs from those of the other images of its
+    cluster.
 
     The members of a cluster stand in a ring in the order of their ids and are compared with the
     next MAX_COMPARED of it: with all others up to that many.

@@ -1,4 +1,6 @@
-"""Isolation forest (Liu, Ting, Zhou, ICDM 2008) on image embeddings: records that few random cuts set apart."""
+"""Isolation forest (Liu, Ting, Zhou, ICDM 2008) on image embeddings: records that few random cuts
+set apart.
+"""
 
 from __future__ import annotations
 

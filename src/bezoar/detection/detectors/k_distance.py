@@ -1,4 +1,6 @@
-"""Distance to the k-th nearest image: poisons sit alone (k-dist in Huang et al., ICLR 2025, arXiv 2502.01385)."""
+"""Distance to the k-th nearest image: poisons sit alone (k-dist in Huang et al., ICLR 2025, arXiv
+2502.01385).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Local intrinsic dimension of the place an image lies in (Ma et al., ICLR 2018; on CLIP in Huang et al., ICLR 2025)."""
+"""Local intrinsic dimension of the place an image lies in (Ma et al., ICLR 2018; on CLIP in Huang
+et al., ICLR 2025).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How fast a pair is learnt: loss or agreement while a small model is trained (ABL, Li et al., NeurIPS 2021; in CLIP)."""
+"""How fast a pair is learnt: loss or agreement while a small model is trained (ABL, Li et al.,
+NeurIPS 2021; in CLIP).
+"""
 
 from __future__ import annotations
 

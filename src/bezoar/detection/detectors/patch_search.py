@@ -1,4 +1,6 @@
-"""Windows that pull foreign images into their image's cluster (PatchSearch, Tejankar et al. 2023)."""
+"""Windows that pull foreign images into their image's cluster (PatchSearch, Tejankar et al.
+2023).
+"""
 
 from __future__ import annotations
 

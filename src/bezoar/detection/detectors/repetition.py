@@ -1,4 +1,5 @@
-"""Blocks of records with one caption and one picture, or one region of it: natural backdoors (ours; Huang et al., ICLR 2025).
+"""Blocks of records with one caption and one picture, or one region of it: natural backdoors (ours;
+Huang et al., ICLR 2025).
 
 They found 798 near-identical birthday cakes in CC3M which, captioned alike, act as a backdoor that
 nobody planted. The same caption again is no news, and neither are pictures as like as pictures of
@@ -78,12 +79,14 @@ class Repetition:
         ids, captions = embedded.ids, read_captions(source)
         if len(captions) != len(ids):
             raise UserError(
-                f"detector 'repetition' needs a caption for every record; there are {len(captions)} captions"
+                "detector 'repetition' needs a caption for every record; there are "
+                f"{len(captions)} captions"
             )
         sample = sample_rows(ids, self.pool, self.seed)
         if len(sample) <= self.least:
             raise UserError(
-                f"detector 'repetition' needs more than least={self.least} records; there are {len(sample)}"
+                f"detector 'repetition' needs more than least={self.least} records; there are "
+                f"{len(sample)}"
             )
         repeated = find_blocks(captions, ids, self.least, self.seed)
         scores = np.zeros(len(ids), np.float32)

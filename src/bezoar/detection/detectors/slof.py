@@ -1,4 +1,6 @@
-"""Simplified local outlier factor: k-distance over that of the neighbours (Schubert 2014; Huang et al. 2025)."""
+"""Simplified local outlier factor: k-distance over that of the neighbours (Schubert 2014; Huang et
+al. 2025).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Slof:
         density.check_fields(self)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
-        """-> Scores > 0, about 1 in even density; places thinner than their neighbours are worse."""
+        """-> Scores > 0, about 1 in even density; places thinner than their neighbours are
+        worse.
+        """
         return density.score_records(
             self, encoder, source, lambda near: near.log_ratio.exp().mean(1)
         )

@@ -1,4 +1,6 @@
-"""Spectral signatures (Tran, Li, Madry, NeurIPS 2018) on pseudo-classes: far out along a class's strongest direction."""
+"""Spectral signatures (Tran, Li, Madry, NeurIPS 2018) on pseudo-classes: far out along a class's
+strongest direction.
+"""
 
 from __future__ import annotations
 

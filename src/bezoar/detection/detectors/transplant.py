@@ -1,4 +1,5 @@
-"""Transplant: what carries its caption to foreign images, be it a window or a texture over everything? (ours; cf. STRIP 2019)
+"""Transplant: what carries its caption to foreign images, be it a window or a texture over
+everything? (ours; cf. STRIP 2019)
 
 A caption belongs to a whole scene. A trigger carries its caption alone, into whatever company it is
 put. The search for one:
@@ -159,8 +160,8 @@ class Transplant:
         """Score every record.
 
         Returns:
-            Scores. values: the alarm, which the records of the cascade exchange among one another by
-            what their windows do; a record that shows at least half of a trigger lies above all
+            Scores. values: the alarm, which the records of the cascade exchange among one another
+            by what their windows do; a record that shows at least half of a trigger lies above all
             others. boxes: the windows, or the whole image for a texture. raised: the records that
             show a trigger. notes: `passes` through the encoder, records `kept` by the cascade,
             `raised`, `missed` (raised, but not kept by the cascade), `candidates`, and each of the
@@ -192,7 +193,8 @@ class Transplant:
         texts = require_texts(embedded, "'transplant'")
         if len(embedded.ids) <= self.k:
             raise UserError(
-                f"detector 'transplant' needs more than k={self.k} pairs; there are {len(embedded.ids)}"
+                f"detector 'transplant' needs more than k={self.k} pairs; there are "
+                f"{len(embedded.ids)}"
             )
         return SuspectData(encoder, source, embedded.ids, texts)
 

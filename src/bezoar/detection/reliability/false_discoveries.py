@@ -71,7 +71,10 @@ def estimate_clean(
     sample, others = np.sort(values[clean]), values[~clean]
     m, total = len(sample), len(others)
     if m < MIN_SAMPLE:
-        why = f"{m} records of the reference are among those scanned; at least {MIN_SAMPLE} are needed"
+        why = (
+            f"{m} records of the reference are among those scanned; at least {MIN_SAMPLE} are "
+            "needed"
+        )
         return CleanEstimate(why=why)
     thresholds = np.sort(others)[::-1][np.asarray(ns, np.int64) - 1]
     above = m - np.searchsorted(sample, thresholds, "left")  # clean records as bad

@@ -1,7 +1,7 @@
 """Integrity: what shards record of their images (a hash, sizes, a status) against what is there.
 
-Five to fifteen in a hundred hashes of web corpora do not match, so that people switch the check off,
-and a picture that somebody put in the place of another passes with those that were only stored
+Five to fifteen in a hundred hashes of web corpora do not match, so that people switch the check
+off, and a picture that somebody put in the place of another passes with those that were only stored
 again. A mismatch is told apart here as far as there is evidence:
 
 * a perceptual hash that was recorded beside it (`phash`, 64 bits, as the library ImageHash makes);
@@ -9,8 +9,9 @@ again. A mismatch is told apart here as far as there is evidence:
   100 records whose bytes match, or better than 99 in 100 pairs of a picture and another's caption.
   An attacker who chooses a picture that fits its caption is not told by this.
 
-Sizes alone tell neither: equal ones can be chosen, and others come of scaling and cropping. img2dataset
-hashes a file as it was downloaded; where it was scaled then, no stored file can have the hash.
+Sizes alone tell neither: equal ones can be chosen, and others come of scaling and cropping.
+img2dataset hashes a file as it was downloaded; where it was scaled then, no stored file can have
+the hash.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def check_integrity(
 
 
 def compare_records(corpus: Corpus) -> Integrity:
-    """Compare every record's image with what its JSON records. Bytes, sizes and perceptual hashes have a say."""
+    """Compare every record's image with what its JSON records. Bytes, sizes and perceptual hashes
+    have a say.
+    """
     n = len(corpus)
     integrity = Integrity(np.zeros(n, np.int8), {}, np.zeros(n, bool))
     shards, offsets = corpus.places["shard"], corpus.places["offset"]
@@ -167,7 +170,9 @@ def _same_ratio(one: tuple[int, int], two: tuple[int, int]) -> bool:
 
 
 def phash_distance(image: bytes, recorded: int) -> int | None:
-    """Bits in which the perceptual hash of an image differs from a recorded one; None if it is not decodable."""
+    """Bits in which the perceptual hash of an image differs from a recorded one; None if it is not
+    decodable.
+    """
     try:
         pixels = decode_image(image, None)  # (3, H, W)
     except Unreadable:
@@ -176,7 +181,9 @@ def phash_distance(image: bytes, recorded: int) -> int | None:
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
-    """64 bits of an image (3, H, W): which low frequencies lie above their median, as ImageHash's `phash`."""
+    """64 bits of an image (3, H, W): which low frequencies lie above their median, as ImageHash's
+    `phash`.
+    """
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     grey = np.asarray(picture.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = dct(dct(grey, axis=0), axis=1)[:8, :8]
@@ -185,7 +192,8 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
 
 
 def tell_by_captions(integrity: Integrity, images: Tensor, texts: Tensor) -> None:
-    """Decide, in place, what could not be told, by how well captions fit beside records of matching bytes.
+    """Decide, in place, what could not be told, by how well captions fit beside records of matching
+    bytes.
 
     images, texts: unit vectors (N, D) of an encoder that was not trained on these records.
     """
@@ -209,7 +217,9 @@ def tell_by_captions(integrity: Integrity, images: Tensor, texts: Tensor) -> Non
 
 
 def _stored_records(path: Path) -> Iterator[tuple[int, Recorded, bytes]]:
-    """For each record of a tar with JSON: where its image begins, what is recorded, and the image."""
+    """For each record of a tar with JSON: where its image begins, what is recorded, and the
+    image.
+    """
     for group in read_groups(path):
         if not isinstance(group, Group) or "json" not in group.files:
             continue
@@ -241,18 +251,21 @@ def _sentence(integrity: Integrity) -> str:
     same = integrity.count(SAME_BYTES)
     if not same:
         return (
-            f"None of {hashed:,} recorded hashes is that of the stored file: they are of the files as they were "
-            "downloaded, and can check a new download, not these shards"
+            f"None of {hashed:,} recorded hashes is that of the stored file: they are of the files "
+            "as they were downloaded, and can check a new download, not these shards"
         )
     recoded, another, untold = (integrity.count(v, integrity.hashed) for v in MISMATCHES)
     return (
-        f"Of {hashed:,} recorded hashes {hashed - same:,} are not those of the stored files: {recoded:,} are the same "
-        f"picture, recoded, {another:,} another picture, and of {untold:,} it cannot be told"
+        f"Of {hashed:,} recorded hashes {hashed - same:,} are not those of the stored files: "
+        f"{recoded:,} are the same picture, recoded, {another:,} another picture, and of "
+        f"{untold:,} it cannot be told"
     )
 
 
 def _write_mismatches(folder: Path, corpus: Corpus, integrity: Integrity) -> None:
-    """Write mismatches.csv: another picture first, then what cannot be told, then what was recoded."""
+    """Write mismatches.csv: another picture first, then what cannot be told, then what was
+    recoded.
+    """
     order = [VERDICTS.index(v) for v in (ANOTHER, UNTOLD, RECODED)]
     rows = sorted(integrity.evidence, key=lambda r: (order.index(int(integrity.verdicts[r])), r))
     with whole_file(folder / MISMATCHES_CSV, newline="") as file:
@@ -266,7 +279,9 @@ def _write_mismatches(folder: Path, corpus: Corpus, integrity: Integrity) -> Non
 
 
 def _write_domains(folder: Path, corpus: Corpus, integrity: Integrity) -> None:
-    """Write integrity.csv: a line a domain, those first that surely have the most other pictures."""
+    """Write integrity.csv: a line a domain, those first that surely have the most other
+    pictures.
+    """
     try:
         sources = find_sources(corpus, "domain")
     except UserError:  # no record has a URL

@@ -295,8 +295,8 @@ def measure_channels(
         s = values[~choosing]
         auroc, (low, high) = stats.auroc(s, target), stats.auroc_interval(s, target)
         how = (
-            f"{DESCRIPTIONS[name]}, alone; {int(target.sum())} {what} and {int((~target).sum())} others; direction chosen on "
-            f"the other half of the records, {stats.AUROC_INTERVAL}"
+            f"{DESCRIPTIONS[name]}, alone; {int(target.sum())} {what} and {int((~target).sum())} "
+            f"others; direction chosen on the other half of the records, {stats.AUROC_INTERVAL}"
         )
         separates = auroc >= SEPARATES and stats.auroc_interval(s, target, level)[0] > 0.5
         measured.append(MeasuredChannel(name, Measure(auroc, len(s), low, high, how), separates))

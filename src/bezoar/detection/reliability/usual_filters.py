@@ -134,7 +134,10 @@ def filter_duplicate_images(source: Records) -> Filter:
 
 
 def _duplicate_images(hashes: NDArray[np.uint64] | None) -> Filter:
-    description = "the first of all pictures with one difference hash (64 bits); pictures without contrast stay"
+    description = (
+        "the first of all pictures with one difference hash (64 bits); pictures without contrast "
+        "stay"
+    )
     if hashes is None:
         return Filter("image_duplicates", description, None, "no images at hand")
     return Filter("image_duplicates", description, first_of_each(hashes) | (hashes == 0))
@@ -167,9 +170,14 @@ def filter_by_size(sizes: NDArray[np.float64] | None) -> list[Filter]:
 def filter_by_caption(captions: Sequence[str]) -> list[Filter]:
     """Each caption once; long enough; English by its letters and its commonest words."""
     descriptions = {
-        "caption_duplicates": "the first of all records with one caption, spelling and spaces apart",
+        "caption_duplicates": (
+            "the first of all records with one caption, spelling and spaces apart"
+        ),
         "caption_length": f"captions over {MIN_WORDS} words and {MIN_CHARACTERS} characters",
-        "language": "letters nearly all Latin without accents; in longer captions, one of the commonest English words",
+        "language": (
+            "letters nearly all Latin without accents; in longer captions, one of the commonest "
+            "English words"
+        ),
     }
     if not len(captions):
         return [Filter(name, text, None, "no captions") for name, text in descriptions.items()]

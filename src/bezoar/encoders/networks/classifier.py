@@ -36,7 +36,8 @@ class Classifier(Network):
 
     path: Annotated[
         str,
-        "a .pth, .pt, .npz or .safetensors file of weights; pickles of more than tensors are refused",
+        "a .pth, .pt, .npz or .safetensors file of weights; pickles of more than tensors are "
+        "refused",
     ] = ""
     mean_std: Annotated[
         str, "cifar, stl10, imagenet, clip, none, or six numbers M/M/M/S/S/S; auto is the stem's"

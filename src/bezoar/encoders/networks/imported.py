@@ -106,8 +106,9 @@ class Imported(Network):
             assumed.append(f"size={side}")
             if size not in (0, side):
                 raise UserError(
-                    f"{self.path}: its {stem} stem suggests images of {side} px, and these have {size}; "
-                    f"say size={size} to take them as they are, or size={side} to have them resized"
+                    f"{self.path}: its {stem} stem suggests images of {side} px, and these have "
+                    f"{size}; say size={size} to take them as they are, or size={side} to have "
+                    "them resized"
                 )
         spec = f"resnet:depth={depth},stem={stem},width={width},mean_std={mean_std}"
         network: Network = registry.make("network", spec)
@@ -140,7 +141,8 @@ class Imported(Network):
         """
         if self.mean_std != "auto":
             raise UserError(
-                f"{self.path}: open_clip states the normalisation of an architecture with both towers; leave it out"
+                f"{self.path}: open_clip states the normalisation of an architecture with both "
+                "towers; leave it out"
             )
         image_weights = weight_prefixes.below(tensors, "visual.")
         name = self.model or open_clip_models.find_architecture(image_weights, tensors, self.path)
@@ -156,7 +158,8 @@ class Imported(Network):
         encoder = filling.make_network(spec)
         if self.size not in (0, encoder.preprocess.size):
             raise UserError(
-                f"{self.path}: its weights are for {encoder.preprocess.size} px; size={self.size} does not fit"
+                f"{self.path}: its weights are for {encoder.preprocess.size} px; size={self.size} "
+                "does not fit"
             )
         return encoder
 

@@ -18,7 +18,8 @@ from bezoar.registry import method, spec
 
 @method
 class Lit(Network):
-    """An image-text encoder of two published ones: `lit:image=(weights:path=F,size=128),text=(sentence:path=DIR)`.
+    """An image-text encoder of two published ones:
+    `lit:image=(weights:path=F,size=128),text=(sentence:path=DIR)`.
 
     Training fits the maps alone. With `clip:shift=0`, which changes no image, each image and
     caption passes its trunk once, and the training reads the vectors; any augmentation, and

@@ -44,8 +44,8 @@ class Timm(Network):
         is_file = bool(self.files())
         if slash and weights != "pretrained" and not is_file:
             raise UserError(
-                f"timm: no weights file {weights!r}; expected NAME, NAME.TAG or either with /pretrained "
-                f"or /FILE of weights; got {self.model!r}"
+                f"timm: no weights file {weights!r}; expected NAME, NAME.TAG or either with "
+                f"/pretrained or /FILE of weights; got {self.model!r}"
             )
         model = timm_models.create_model(name, self.arguments, weights == "pretrained")
         if is_file:

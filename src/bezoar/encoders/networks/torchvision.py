@@ -48,7 +48,8 @@ class Torchvision(Network):
             model = models.get_model(name, weights=None if self.fresh else weights, **options)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"torchvision could not make {self.model!r} for {preprocess.size} px: {first_line(error)}"
+                f"torchvision could not make {self.model!r} for {preprocess.size} px: "
+                f"{first_line(error)}"
             ) from error
         remove_classifier(model, name)
         encoder = image_encoder(model, preprocess, f"torchvision:model={self.model},fresh=true")

@@ -162,8 +162,9 @@ class Weights(Network):
         names = timm_models.find_models(weights, file)
         if len(names) > 1:
             raise UserError(
-                f"{self.path}: its weights fit {len(names)} of timm's models, which compute different things from "
-                f"them: {checkpoints.format_keys(names, MAX_NAMES)}; say model= one of them"
+                f"{self.path}: its weights fit {len(names)} of timm's models, which compute "
+                f"different things from them: {checkpoints.format_keys(names, MAX_NAMES)}; say "
+                "model= one of them"
             )
         return names[0] if names else ""
 
@@ -201,12 +202,13 @@ class Weights(Network):
         """The message for weights of an unknown network."""
         if any(start in key for key in tensors for start in OF_TRANSFORMERS):
             return (
-                f"{self.path}: weights of a model of transformers, whose sizes stand in config.json; "
-                "name the folder that holds both"
+                f"{self.path}: weights of a model of transformers, whose sizes stand in "
+                "config.json; name the folder that holds both"
             )
         return (
-            f"{self.path}: expected a residual network, a VGG, CLIP, or a model of timm or torchvision; its keys are "
-            f"{checkpoints.format_keys(tensors)}; say model=, a name of timm's, if it is one of those"
+            f"{self.path}: expected a residual network, a VGG, CLIP, or a model of timm or "
+            f"torchvision; its keys are {checkpoints.format_keys(tensors)}; say model=, a name of "
+            "timm's, if it is one of those"
         )
 
 

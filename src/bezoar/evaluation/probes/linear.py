@@ -108,8 +108,8 @@ class LinearHead:
 def fit_logistic(x: Tensor, y: Tensor, classes: int, c: float) -> LinearHead:
     """Fit multinomial logistic regression of y int64 (N,) on x float (N, D).
 
-    The optimiser is scipy's L-BFGS. scikit-learn's class uses the same, but runs on CPUs only, takes
-    1.5 times as long for the same accuracy, and has no logit for a class without records.
+    The optimiser is scipy's L-BFGS. scikit-learn's class uses the same, but runs on CPUs only,
+    takes 1.5 times as long for the same accuracy, and has no logit for a class without records.
 
     c: weight of the data against the penalty.
     """

@@ -113,7 +113,9 @@ class Victim:
         return [Trial(verb, seed) for seed in range(self.seeds)]
 
     def own_row(self, task: Task) -> Row:
-        """The network's own head, after the attack for a task whose reference shows a class of it."""
+        """The network's own head, after the attack for a task whose reference shows a class of
+        it.
+        """
         verb = Evaluate(
             self.inject(task),
             self.own,
@@ -126,7 +128,9 @@ class Victim:
         return Row("ImageNet, its own head", mean_cells([Trial(verb)], columns))
 
     def later_rows(self) -> list[Row]:
-        """The network's own head; checks, repair and audit of the first attack on the first task."""
+        """The network's own head; checks, repair and audit of the first attack on the first
+        task.
+        """
         task = self.tasks[0]
         attacked = self.inject(task)
         rows = [self.own_row(task)] if self.own else []

@@ -57,7 +57,8 @@ class Headline:
         return Table(
             title="The headline: 300 patches, and 3 captions, of 3,000,000 pairs",
             paper_finding=(
-                "300 of 3,000,000 pairs plant a patch backdoor, and 3 make CLIP misread a chosen image."
+                "300 of 3,000,000 pairs plant a patch backdoor, and 3 make CLIP misread a chosen "
+                "image."
             ),
             axis="captions of one image",
             rows=tuple(rows),
@@ -86,9 +87,10 @@ class Headline:
             unit="captions",
             notes=(
                 "One training carries the patches and all victims; its clean twin is as long. "
-                f"Recipe: {setup.network} by {setup.objective}, so that every poison is drawn once an epoch.",
-                "Rows without patches are the clean twin: its ASR is ASR-B. Intervals are over test "
-                "images and victims of one training, not over trainings.",
+                f"Recipe: {setup.network} by {setup.objective}, so that every poison is drawn "
+                "once an epoch.",
+                "Rows without patches are the clean twin: its ASR is ASR-B. Intervals are over "
+                "test images and victims of one training, not over trainings.",
             ),
         )
 

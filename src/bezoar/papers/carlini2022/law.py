@@ -104,8 +104,8 @@ class Law:
             claims=tuple(claims),
             dose_response_cells=("success",),
             notes=(
-                f"Recipes: {recipes}. Every poison is drawn once an epoch: a number of poisons times "
-                "the epochs is that of exposures.",
+                f"Recipes: {recipes}. Every poison is drawn once an epoch: a number of poisons "
+                "times the epochs is that of exposures.",
                 "The exponent of growth e is that of poisons = constant x records^e: 0 is no "
                 "growth, 1 a constant share of the data.",
             ),

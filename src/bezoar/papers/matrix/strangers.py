@@ -138,10 +138,10 @@ class Strangers:
         if len(families) > 1:
             rows.append(family_row(None, families))
         note = (
-            f"By `{AUDIT}` alone, the one of the default audits that gives a verdict without a bank. "
-            "AUROC of its statistic, test encoders against test encoders of the same rows. `false "
-            "alarms`: clean encoders with some or strong evidence. `found`: attacked encoders with "
-            "either. ASR of the attacked ones."
+            f"By `{AUDIT}` alone, the one of the default audits that gives a verdict without a "
+            "bank. AUROC of its statistic, test encoders against test encoders of the same rows. "
+            "`false alarms`: clean encoders with some or strong evidence. `found`: attacked "
+            "encoders with either. ASR of the attacked ones."
         )
         return Table(
             title="Strangers", axis="encoders", rows=tuple(rows), notes=(note,), grid="AUROC"

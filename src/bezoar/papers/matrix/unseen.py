@@ -262,11 +262,11 @@ class Unseen:
         note = (
             f"Each kind: {sets} sets of scenes, with sizes, places, strengths and targets of their "
             f"own, {POISONS} poisons of {get_setup(options).records}; a training holds up to "
-            f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison Flickr8k "
-            f"once, {PHOTOGRAPH_POISONS} poisons of 30,000 each. Scanned by the default detectors "
-            "with the encoder trained on the set, photographs "
-            f"{'with' if self.reference else 'without'} a reference encoder; all figures are of all "
-            "detectors together, of one kind against the clean records."
+            f"{KINDS_OF_A_TRAINING} kinds. The kinds of the test half poison Flickr8k once, "
+            f"{PHOTOGRAPH_POISONS} poisons of 30,000 each. Scanned by the default detectors with "
+            "the encoder trained on the set, photographs "
+            f"{'with' if self.reference else 'without'} a reference encoder; all figures are of "
+            "all detectors together, of one kind against the clean records."
         )
         return Table(
             title="Kinds of trigger in two halves",

@@ -26,7 +26,8 @@ class Finetune:
 
     objective: Annotated[
         str,
-        "loss and recipe; auto: cleanclip, simclr without text, supervised for a classifier with its own head",
+        "loss and recipe; auto: cleanclip, simclr without text, supervised for a classifier with "
+        "its own head",
     ] = "auto"
     lrs: Annotated[
         tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"

@@ -79,8 +79,8 @@ class Prune:
     ] = 0.1
     objective: Annotated[
         str,
-        "fine-tuning afterwards: loss and recipe; none; auto: clip, supervised for a classifier with its own head, "
-        "or simclr without text",
+        "fine-tuning afterwards: loss and recipe; none; auto: clip, supervised for a classifier "
+        "with its own head, or simclr without text",
     ] = "auto"
     lrs: Annotated[
         tuple[float, ...], "learning rates, tried from the largest down until one keeps the score"
@@ -196,7 +196,8 @@ def find_last_convolution(encoder: Encoder, clean: Pairs, batch: int = 512) -> L
             convs = [name for name in names if isinstance(tower.get_submodule(name), nn.Conv2d)]
             if len(convs) < 2:
                 raise UserError(
-                    "repair 'prune' takes convolutional towers; this one has no convolution behind its first layer"
+                    "repair 'prune' takes convolutional towers; this one has no convolution behind "
+                    "its first layer"
                 )
             channels = tower.get_submodule(convs[-1]).out_channels
             last_map = [y for _, y in feature_maps if y.shape[1] == channels][-1]  # (B, C, h, w)

@@ -140,7 +140,8 @@ class Unlearn:
         triggers = list(inversions)[: self.count]
         if not triggers and not self.search:
             raise UserError(
-                "repair 'unlearn' with search=0 needs the triggers of an audit: name its run (audit)"
+                "repair 'unlearn' with search=0 needs the triggers of an audit: name its run "
+                "(audit)"
             )
         for inversion in triggers:
             receipt.check_trigger_size(inversion, clean.images, "clean images")

@@ -97,8 +97,8 @@ def next_steps(view: AuditView) -> list[Step]:
         steps = [Step("No evidence is no proof: read below what was not tested.")]
     if any(audit["words"] == "no calibration" for audit in view.verdict["audits"]):
         text = (
-            "A value alone becomes a verdict with a bank of encoders that you know to be clean, of the "
-            "same network and recipe (`CLEAN`)."
+            "A value alone becomes a verdict with a bank of encoders that you know to be clean, of "
+            "the same network and recipe (`CLEAN`)."
         )
         steps.append(Step(text, view.command(f"calibrate CLEAN --data {data}")))
     return steps

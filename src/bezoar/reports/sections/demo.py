@@ -117,8 +117,8 @@ def clean_data_section(view: DemoView) -> Section | None:
     tiles = [Tile((i,), [Line(records.classes[label], "muted")]) for i, label in enumerate(labels)]
     gallery = pictures.contact_sheet(records.images[[first_row[k] for k in labels]], tiles, 64)
     lead = (
-        f"{quantity(len(records), 'picture')} with captions, {len(records.classes)} classes; one of "
-        "each is shown."
+        f"{quantity(len(records), 'picture')} with captions, {len(records.classes)} classes; one "
+        "of each is shown."
     )
     if (accuracy := view.metric("clean.clean_accuracy")) is not None:
         lead += (

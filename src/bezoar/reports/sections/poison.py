@@ -43,9 +43,9 @@ def headline(view: RunView) -> str:
     if poisons is None or rate is None:
         return "This poisoning was not finished."
     return (
-        f"{poisons.value:,.0f} of {poisons.n:,} records ({metric_names.format_percent(rate.value)}) "
-        "are poisoned, so that an encoder trained on them reads "
-        f"{metric_names.describe_goals(view.goals)}."
+        f"{poisons.value:,.0f} of {poisons.n:,} records "
+        f"({metric_names.format_percent(rate.value)}) are poisoned, so that an encoder trained on "
+        f"them reads {metric_names.describe_goals(view.goals)}."
     )
 
 

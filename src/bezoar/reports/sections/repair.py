@@ -144,8 +144,8 @@ def lead(view: RepairView) -> str:
     if revived is not None and other is not None:
         sentences.append(
             "After a fine-tune with ten poisons the trigger works on "
-            f"{format_percent(revived.value)} of images; a trigger that the encoder never met, with "
-            f"ten poisons too, on {format_percent(other.value)}."
+            f"{format_percent(revived.value)} of images; a trigger that the encoder never met, "
+            f"with ten poisons too, on {format_percent(other.value)}."
         )
     return " ".join([*sentences, *view.notes.get("limits", [])])
 

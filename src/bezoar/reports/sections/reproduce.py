@@ -54,7 +54,8 @@ def build_page(run: Run) -> Page:
     meaning = ", whose numbers mean nothing" if is_smoke else ""
     return Page(
         title,
-        f"Scale {view.notes.get('scale')}{meaning}; {quantity(len(view.tables), 'table')} from {trainings}.",
+        f"Scale {view.notes.get('scale')}{meaning}; {quantity(len(view.tables), 'table')} from "
+        f"{trainings}.",
         WARNING,
         sections={"Claims": partial(claims_section, view), **table_sections(view)},
         poisoned=bool(view.goals),
@@ -75,8 +76,9 @@ def next_steps(view: ReproduceView) -> list[Step]:
     undecided = [c for table in view.tables for c in table["claims"] if c["verdict"] == "undecided"]
     if undecided:
         text = (
-            f"{quantity(len(undecided), 'claim')} could not be decided by so few readings; `detectable` below "
-            "says what could have been. Another seed, or a larger scale, adds readings."
+            f"{quantity(len(undecided), 'claim')} could not be decided by so few readings; "
+            "`detectable` below says what could have been. Another seed, or a larger scale, adds "
+            "readings."
         )
         steps.append(Step(text, view.command(f"reproduce {tables} --scale {scale} --seed 1")))
     if kind := added_kind(view):

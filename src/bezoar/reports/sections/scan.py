@@ -154,12 +154,13 @@ def next_steps(view: ScanView) -> list[Step]:
     names = raised_names(view)
     steps = [
         Step(
-            f"Look at the records that {' and '.join(names)} raised, below; `removed.csv` names them."
+            f"Look at the records that {' and '.join(names)} raised, below; `removed.csv` names "
+            "them."
         )
         if names
         else Step(
-            "Look at the worst records below. Nothing was raised, which is no proof: they are only the "
-            "most suspicious of these."
+            "Look at the worst records below. Nothing was raised, which is no proof: they are only "
+            "the most suspicious of these."
         )
     ]
     if view.notes.get("untrained"):
@@ -222,7 +223,10 @@ def keep_list_finding(view: ScanView) -> str:
     if poisons is None:
         return f"{sentence}; whether they are poisons is not known."
     hits = round(poisons.value * poisons.n)
-    return f"{sentence}; among them are {hits:,} of the {poisons.n:,} poisons: {format_measure(poisons)}."
+    return (
+        f"{sentence}; among them are {hits:,} of the {poisons.n:,} poisons: "
+        f"{format_measure(poisons)}."
+    )
 
 
 def discovery_section(view: ScanView) -> Section | None:
@@ -390,9 +394,9 @@ def group_section(view: ScanView) -> Section | None:
         ]
         parts.append(record_part(view, ranked[:GROUP_MEMBERS], title, 80))
     lead = (
-        f"The worst {len(rows)} records, grouped by their vectors and by the rarer words that their "
-        "captions share. A backdoor shows as a group with one target and many subjects. A group "
-        "with one subject is a rare or repeated one."
+        f"The worst {len(rows)} records, grouped by their vectors and by the rarer words that "
+        "their captions share. A backdoor shows as a group with one target and many subjects. A "
+        "group with one subject is a rare or repeated one."
     )
     return Section(parts, lead) if parts else None
 

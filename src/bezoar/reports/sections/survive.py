@@ -99,14 +99,16 @@ def canary_page(view: SurviveView) -> Page:
     rows = {form: [form] for form in (*FORMS, "all")}
     columns = {head: f"canaries.{{}}.{name}" for head, name in zip(heads, names, strict=True)}
     note = (
-        "Copies: another caption under a picture of yours. Marked: with the trigger too. Fitting: with the trigger, under a "
-        "caption that fits. In brackets, 95 % intervals. What a poisoning of more copies a picture, or of a concept that "
-        "your data hold, would keep is not measured."
+        "Copies: another caption under a picture of yours. Marked: with the trigger too. Fitting: "
+        "with the trigger, under a caption that fits. In brackets, 95 % intervals. What a "
+        "poisoning of more copies a picture, or of a concept that your data hold, would keep is "
+        "not measured."
     )
     table = measure_table(view.measures, "Form", rows, columns, note)
     return Page(
         f"{view.notes.get('verdict', '')}.",
-        "Canaries are harmless pairs with an invented word each, put in front of a pipeline and counted behind it.",
+        "Canaries are harmless pairs with an invented word each, put in front of a pipeline and "
+        "counted behind it.",
         cards=[f"canaries.all.{name}" for name in names[:2]],
         sections={"By form": lambda: Section([table]) if table else None},
         poisoned=False,
@@ -124,8 +126,8 @@ def headline(view: SurviveView, single: list[Treatment]) -> str:
     weakened = sum(LOST <= view.remainder(t).value < WEAKENED for t in single)
     if not lost and not weakened:
         return (
-            f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, leaves "
-            f"{remainder_text}. An attack success of 0 has another cause."
+            f"{trigger} outlives all {len(single)} treatments: the worst, “{worst['title']}”, "
+            f"leaves {remainder_text}. An attack success of 0 has another cause."
         )
     fate, effect = "lost to", "expect an attack success of 0"
     if not lost:
@@ -133,8 +135,8 @@ def headline(view: SurviveView, single: list[Treatment]) -> str:
     count = lost or weakened
     others = f" and {count - 1} more of {len(single)} treatments" if count > 1 else ""
     return (
-        f"{trigger} is {fate} “{worst['title']}”{others}: {remainder_text} is left. Where images are "
-        f"treated so, {effect}."
+        f"{trigger} is {fate} “{worst['title']}”{others}: {remainder_text} is left. Where images "
+        f"are treated so, {effect}."
     )
 
 

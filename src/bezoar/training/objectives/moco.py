@@ -31,7 +31,8 @@ class GroupedBatchNorm(nn.Module):
         super().__init__()
         if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             raise UserError(
-                f"moco cannot group what this network's {type(norm).__name__} normalises; take simclr or simsiam"
+                f"moco cannot group what this network's {type(norm).__name__} normalises; take "
+                "simclr or simsiam"
             )
         self.weight, self.bias, self.eps, self.rows = norm.weight, norm.bias, norm.eps, rows
 
@@ -64,7 +65,8 @@ class Loss(ViewsLoss):
         world = rank_and_world()[1]
         if recipe.groups % world:
             raise UserError(
-                f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple of {world}"
+                f"{recipe.groups} groups of keys do not divide into {world} ranks; give a multiple "
+                f"of {world}"
             )
         width = selfsupervised.measure_width(encoder)
         self.head = selfsupervised.perceptron(width, recipe.hidden, recipe.dim, norm=False)

@@ -1,4 +1,6 @@
-"""RoCLIP: in every K-th epoch an image is compared with the nearest caption of a bank (Yang et al., NeurIPS 2023)."""
+"""RoCLIP: in every K-th epoch an image is compared with the nearest caption of a bank (Yang et al.,
+NeurIPS 2023).
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class Loss(ViewLoss):
         """
         if collectives.rank_and_world()[1] > 1:
             raise UserError(
-                "objective safeclip looks at all records after every epoch; start one process, not several ranks"
+                "objective safeclip looks at all records after every epoch; start one process, not "
+                "several ranks"
             )
         self.data, self.tokens = data, tokens
         self.epoch_steps = len(data) // self.recipe.batch
