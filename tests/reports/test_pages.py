@@ -68,7 +68,8 @@ class ParsedPage(HTMLParser):
 
 
 def runs_of(folder: Path, verb: str) -> list[Run]:
-    return [Run(p) for p in sorted(folder.glob(f"{verb}-*"))]
+    paths = sorted(folder.glob(f"{verb}-*"), key=lambda p: (p / "manifest.json").stat().st_mtime_ns)
+    return [Run(p) for p in paths]
 
 
 def read_page(run: Run) -> str:
