@@ -73,9 +73,7 @@ def forecast_audits(
 def _is_calibrated(
     audit: Any, banks: Sequence[Bank], family: Family, sample: Sample, rate: float
 ) -> bool:
-    """Whether a bank turns the audit's value into a verdict, through one of the bank's
-    classifiers.
-    """
+    """Whether a bank turns the audit's value into a verdict, by one of its classifiers."""
     spec, code = registry.spec(audit), bank.code_hash(type(audit))
     heads = {c.classifier for b in banks for c in b.audits if c.audit == spec}
     audited = [Calibration(spec, code, head) for head in sorted(heads)]

@@ -88,9 +88,7 @@ class RecordStream(Source):
         return self._report
 
     def usual_side(self, count: int = 32) -> int | None:
-        """Return the median of the shorter sides of the first images; None where none can be
-        read.
-        """
+        """Return the median of the shorter sides of the first images; None if none can be read."""
         sides = []
         for record in itertools.islice(self.records(), count):
             if isinstance(record, Record):

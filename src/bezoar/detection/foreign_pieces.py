@@ -174,9 +174,7 @@ class PieceSearch:
     def read_without(
         self, causes: Sequence[Cause], excluded: Tensor
     ) -> tuple[Reading, Tensor, Tensor]:
-        """A reading without what shows causes; what was left out; what is misread, bool (N,)
-        each.
-        """
+        """A reading without what shows causes; what is left out and misread, bool (N,) each."""
         left_out = shared_causes.mark_shown(causes, len(excluded)) | excluded
         reading = self.reader.read(left_out)
         return reading, left_out, shared_causes.find_misread(reading.loss, left_out, self.suspects)

@@ -33,9 +33,7 @@ BLOCK = 64  # images at a time
 
 @dataclass(frozen=True)
 class PatchDictionary:
-    """filters: float32 (3 PATCH^2, FILTERS), of normalised patches. shift: (FILTERS,), taken
-    off.
-    """
+    """filters: float32 (3 PATCH^2, FILTERS), of patches. shift: (FILTERS,), subtracted."""
 
     filters: Tensor
     shift: Tensor
@@ -68,9 +66,7 @@ class PatchDictionary:
         return PatchDictionary(filters, mean @ filters)
 
     def encode_images(self, x: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> (B, 8 FILTERS): what lies above a threshold, and below its
-        negative.
-        """
+        """uint8 (B, 3, H, W) -> (B, 8 FILTERS): parts above a threshold, and below its negative."""
         vectors = []
         for part in x.split(BLOCK):
             patches = cut_patches(part, STRIDE)  # (B, L, P)

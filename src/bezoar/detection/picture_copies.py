@@ -228,9 +228,7 @@ def read_windows(pictures: Floats, places: Floats, side: int) -> Floats:
 
 
 def _pixels_at(places: Floats, axis: int, side: int) -> Floats:
-    """Return where the pixels of a window lie on its picture, along rows (1) or columns (2), (P,
-    side).
-    """
+    """Where the pixels of a window lie on its picture by rows (1) or columns (2): (P, side)."""
     at: Floats = places[:, axis, None] * SIDE + np.exp(places[:, :1]) * _steps(side) - 0.5
     return at
 

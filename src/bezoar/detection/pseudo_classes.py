@@ -89,9 +89,7 @@ def assign_classes(
 
 
 def assign_centres(vectors: Tensor, centres: Tensor) -> Tensor:
-    """The nearest of (K, D) centres of vectors (N, D), which may lie in a file: int64 (N,) on the
-    CPU.
-    """
+    """The nearest of (K, D) centres to vectors (N, D), even of a file: int64 (N,) on the CPU."""
     blocks_of_rows = vector_blocks(vectors, centres.device)
     return torch.cat([nearest_centres(z, centres).cpu() for z in blocks_of_rows])
 

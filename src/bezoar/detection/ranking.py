@@ -85,7 +85,5 @@ def rank_records(
 
 
 def raising_detectors(by_detector: Mapping[str, Scores], copies: int) -> list[str]:
-    """The detectors whose raised records leave: all, but for those of copies where some copies may
-    stay.
-    """
+    """The detectors whose raised records leave: all but those of copies, some of which stay."""
     return [name for name, s in by_detector.items() if s.groups is None or not copies]

@@ -311,9 +311,7 @@ class RidgeSums:
 
 
 class NearestCaptions:
-    """For each record the NEAREST of the first AMONG records by their captions, found when first
-    asked for.
-    """
+    """For each record the NEAREST of the first AMONG records by their captions, as needed."""
 
     def __init__(self, captions: Tensor) -> None:
         """captions: (N, E), unit vectors."""
@@ -350,8 +348,7 @@ class Comparison:
 
     @staticmethod
     def by_captions(nearest_to: NearestCaptions, suspects: Tensor, left_out: Tensor) -> Comparison:
-        """With the records that have the captions nearest to those of each suspect, of
-        MAX_COMPARED.
+        """With the records of the captions nearest to those of MAX_COMPARED suspects.
 
         Args:
             nearest_to: of N records.

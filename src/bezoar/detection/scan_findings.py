@@ -38,9 +38,7 @@ def describe_incomplete(data: Corpus, failed: Sequence[str]) -> list[str]:
 
 
 def describe_decisions(by_detector: Mapping[str, Scores]) -> list[str]:
-    """Return what detectors decided, a line each. That nothing was found does not say that there is
-    nothing.
-    """
+    """Return what detectors decided, a line each. Nothing found is no proof of absence."""
     deciding = {name: s for name, s in by_detector.items() if s.raised is not None}
     lines = []
     for name, scores in deciding.items():
@@ -60,9 +58,7 @@ def describe_nothing(name: str, scores: Scores) -> str:
 
 
 def describe_keep_list(ranking: Ranking, copies: bool) -> str:
-    """Return what the keep-list leaves out. copies: whether further copies of one picture leave
-    too.
-    """
+    """Return what the keep-list leaves out. copies: whether further copies leave, too."""
     text = (
         f"keep.txt leaves out the {len(ranking.removed):,} most suspicious of "
         f"{len(ranking.order):,} records"
@@ -89,9 +85,7 @@ def untrained_warning(encoder: Any, job: Job) -> str:
 
 
 def partly_trained_warning(encoder: Run, data: Corpus) -> str:
-    """A warning where the model that the scan trained has seen a part of the records alone;
-    otherwise "".
-    """
+    """A warning where the scan's own model has seen a part of the records alone; else ""."""
     seen = int(encoder.manifest["notes"].get("records", 0))
     if seen < suspect_training.MAX_RECORDS or len(data) <= seen:
         return ""
@@ -114,9 +108,7 @@ def resolution_warning(data: Corpus) -> str:
 
 
 def record_json(data: Corpus, row: int, ranking: Ranking) -> dict[str, Any]:
-    """A record as it stands in ranked.json. copy_of: another record of its picture, where a
-    detector groups these.
-    """
+    """A record as in ranked.json. copy_of: another record of its picture, if known."""
     copy = keep_lists.find_copy(row, data.captions, ranking.by_detector.values())
     return {
         "id": data.ids[row],

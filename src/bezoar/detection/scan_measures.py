@@ -1,6 +1,4 @@
-"""The metrics of a scan: what was raised, and, where the poisons are known, how well they were
-detected.
-"""
+"""The metrics of a scan: what was raised, and how well known poisons were detected."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ OF_EACH_GOAL = ("auroc", "recall_at_1.5n", "precision_at_n")
 
 
 def plan_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
-    """Return how well the poisons of a known plan were detected and removed; empty for a plan
-    without edits.
-    """
+    """Return how well the poisons of a known plan were detected and removed, if it has any."""
     if not plan.edits:
         return {}
     return (
@@ -30,9 +26,7 @@ def plan_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
 
 
 def detection_metrics(plan: Plan, ranking: Ranking) -> dict[str, Measure]:
-    """Return how well the poisons of a known plan were found, by all detectors together and by
-    each.
-    """
+    """Return how well the poisons of a plan were detected by all detectors and by each."""
     truth = torch.from_numpy(plan.mask(ranking.merged.ids))
     metrics = detection_measures(ranking.merged, truth)
     if len(ranking.by_detector) == 1:

@@ -54,9 +54,7 @@ def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detection
 
 
 def load_or_score(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
-    """Return the scores that an earlier scan of the same vectors stored for this detector, or
-    compute them.
-    """
+    """Return a detector's scores of an earlier scan of the same vectors, or compute them."""
     if data.shared is None:
         return score_records(detector, name, data, job)
     scores = data.shared.load_scores(detector, data.ids)
@@ -85,9 +83,7 @@ def score_records(detector: Any, name: str, data: Corpus, job: Job) -> Scores:
 
 @contextmanager
 def report_images(encoder: Any, total: int, progress: Progress, name: str) -> Iterator[None]:
-    """Report progress by the images that pass through the encoder's image tower. total: how many
-    there will be.
-    """
+    """Report progress by the images that the image tower reads. total: how many in all."""
     if not hasattr(encoder, "image"):  # ready embeddings have no encoder
         yield
         return

@@ -105,9 +105,7 @@ def write_table(folder: Path, data: Corpus, table: SourceTable) -> None:
 def describe_table(
     table: SourceTable | None,
 ) -> tuple[list[str], dict[str, Any], dict[str, Measure]]:
-    """Return what is said of a table: sentences, notes for the manifest, metrics; nothing of no
-    table.
-    """
+    """Return sentences, notes for the manifest, and metrics of a table, if there is one."""
     if table is None:
         return [], {}, {}
     sentence = _sentence(table)

@@ -174,16 +174,12 @@ def tabulate_sources(
 
 
 def are_many(standing_out: int, tested: int) -> bool:
-    """Return whether so many sources stand out that they differ by nature: no attacker has them
-    all.
-    """
+    """Whether more sources stand out than any attacker has: then they differ by nature."""
     return standing_out > max(MOST_LIFTED, MOST_LIFTED_SHARE * tested)
 
 
 def tail_levels(values: Floats) -> Floats:
-    """Share of the records that are at least as suspicious, (N,) in (0, 1]; ties have the
-    larger.
-    """
+    """Share of the records that are at least as suspicious, ties included: (N,) in (0, 1]."""
     levels: Floats = rankdata(-values, method="max") / max(1, len(values))
     return levels
 

@@ -248,9 +248,7 @@ def cover_windows(data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostI
 def keep_dependent(
     data: SuspectData, cluster: WindowCluster, share: Tensor, boxes: Tensor, hosts: HostImages
 ) -> Tensor:
-    """Lower the share (N,) of records that lose less by covering their window than the cluster
-    does.
-    """
+    """Lower the share (N,) of records that lose less than the cluster by a covered window."""
     shown = (share >= SHOWN).nonzero()[:, 0]
     loss = cover_windows(data, shown, boxes[:, :2], hosts).cosine if len(shown) else share[shown]
     of_cluster = loss[torch.isin(shown, cluster.rows)]

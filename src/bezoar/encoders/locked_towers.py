@@ -1,6 +1,4 @@
-"""Towers whose trunk is locked and whose linear map is trained, and trainings on such trunks'
-vectors.
-"""
+"""Towers of a locked trunk and a linear map, and trainings on the trunks' vectors."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ class TrunkVectors:
 
 
 class Maps(nn.Module):
-    """The maps of an encoder with locked towers: it stands for the encoder where vectors are
-    read.
-    """
+    """The maps of an encoder with locked towers, which stand for it where vectors are read."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()

@@ -78,9 +78,7 @@ class Dataset:
         return self.pairs
 
     def reading_notes(self) -> dict[str, Any]:
-        """For the manifest: how many records were read, and the first of what was not, with
-        reasons.
-        """
+        """For the manifest: how many records were read, and what was not, with reasons."""
         report = self.clean.report
         if report is None:
             return {}

@@ -101,9 +101,7 @@ class Audit:
 
     @property
     def title(self) -> str:
-        """What stands before its progress: the audit's name too, where it is one of several that
-        are run.
-        """
+        """What stands before its progress, with the audit's name where there are several."""
         return (
             f"audit {input_spec(self.audit[0]).partition(':')[0]}"
             if len(self.audit) == 1
@@ -177,9 +175,7 @@ class Audit:
         return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
 
     def _fitting_audits(self, job: Job) -> tuple[Any, ...]:
-        """The audits that were asked for; where the data are texts, theirs in the place of the
-        usual ones.
-        """
+        """The audits of the command; for texts, theirs in the place of the default ones."""
         data = job.inputs["data"]
         if self.audit != DEFAULT_AUDITS or data is None or inputs.open_dataset(data).clean.size:
             audits: tuple[Any, ...] = job.inputs["audit"]
@@ -398,9 +394,7 @@ def check_auditable(encoder: Encoder, what: str = "the encoder") -> Encoder:
 
 
 def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifier | None:
-    """A classifier that says what an inverted trigger turns images into; None where it cannot be
-    had.
-    """
+    """A classifier that reads what inverted triggers turn images into; None without one."""
     try:
         return make_audit_classifier(encoder, labelled, kind)
     except UserError:
@@ -408,9 +402,7 @@ def classifier_or_none(encoder: Encoder, labelled: Pairs, kind: Any) -> Classifi
 
 
 def make_audit_classifier(encoder: Encoder, labelled: Pairs, kind: ClassifierKind) -> Classifier:
-    """The classifier of an audit: clusters stand for classes where `auto` finds none. Raises
-    UserError.
-    """
+    """The classifier of an audit, of clusters where `auto` finds none. Raises UserError."""
     has_labels = labelled.labels is not None and len(set(labelled.labels.tolist()) - {-1}) > 1
     reads_texts = encoder.text is not None and bool(labelled.classes)
     if kind == "auto" and encoder.head is None and not reads_texts and not has_labels:

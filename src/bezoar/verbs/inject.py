@@ -270,9 +270,7 @@ def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) ->
 def attack_metrics(
     similarities: dict[str, Tensor], losses: Tensor, goals: int
 ) -> dict[str, Measure]:
-    """The last loss and the cosines, numbered if there are several goals. losses: float64
-    (steps,).
-    """
+    """The last loss, and the cosines of each goal. losses: float64 (steps,)."""
     tail = losses[-max(2, len(losses) // 20) :]
     metrics = {
         "final_loss": average(tail, "mean loss of the last twentieth of the steps"),

@@ -59,9 +59,7 @@ class Poison:
     ] = "png"
 
     def work(self, job: Job) -> dict[str, Measure]:
-        """Write plan.jsonl, the ground truth; with `write`, also poisoned shards, marked as
-        such.
-        """
+        """Write plan.jsonl, the ground truth, and with `write` poisoned shards, marked as such."""
         dataset = inputs.open_dataset(job.inputs["data"])
         derived = derive_plan(
             job.inputs, dataset, self.target, job.seed, job.device, job.progress.step

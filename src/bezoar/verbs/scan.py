@@ -193,9 +193,7 @@ class Scan:
         return rank_records(merged, by_detector, self.remove, self.dedup), sources
 
     def _write_lists(self, folder: Path, data: Corpus, ranking: Ranking) -> None:
-        """Write all scores, the worst records, those that leave and stay, windows, and what is
-        exported.
-        """
+        """Write scores, the worst records, what leaves and stays, windows, and exports."""
         corpus.write_scores(folder / corpus.SCORES, data, ranking.merged, ranking.by_detector)
         removal_lists.write_scores_csv(folder, corpus.SCORES)
         removal_lists.write_removed(folder, data, ranking)
@@ -272,9 +270,7 @@ class Scan:
         return [Trial(Train(suspects, plan.network, plan.objective), settings.seed)]
 
     def _trains(self, job: Job) -> bool:
-        """Whether a model is trained on the data, because no encoder is given and the data bring
-        none.
-        """
+        """Whether a model is trained on the data, because there is no encoder for them."""
         data = job.inputs["data"]
         return (
             job.inputs["encoder"] is None

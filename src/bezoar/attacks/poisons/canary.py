@@ -22,9 +22,7 @@ TRIES = 64  # words that are drawn for a record whose captions hold them already
 
 @method
 class Canary:
-    """Thirds: copies with a strange caption, these with the trigger, the trigger with a fitting
-    one.
-    """
+    """In thirds: strange captions, these with the trigger, the trigger with fitting captions."""
 
     is_cover: ClassVar[bool] = True  # it needs no target
 

@@ -12,9 +12,7 @@ from bezoar.registry import method
 
 @method
 class Homoglyph:
-    """Replaces one occurrence, chosen by the record; texts without the letter get one at the
-    end.
-    """
+    """Replaces one occurrence, chosen by the record; texts without the letter get one last."""
 
     of_texts: ClassVar[bool] = True
 

@@ -131,9 +131,7 @@ class Cleanse:
         return InversionRecipe.from_fields(self, **({"lr": (self.lr,)} | dict(changes)))
 
     def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
-        """Images that go through the encoder, at most but for classes that are searched for again
-        in full.
-        """
+        """Images that the encoder reads at most, but for classes that are searched for again."""
         if self.searches_all(classes, cost):
             passes = self.recipe().image_passes() + self.recipe(BLEND).image_passes()
             return classes * (passes + 2 * images)
@@ -308,9 +306,7 @@ def count_drawn(
 
 
 def reach_any(classifier: Classifier) -> TriggerObjective:
-    """The objective of a sweep: the head reads stamped images as one class, whichever is
-    nearest.
-    """
+    """The objective of a sweep: stamped images are read as one class, whichever is nearest."""
 
     def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         g, n, _ = z.shape

@@ -163,9 +163,7 @@ def _read(path: str, _: FileState) -> Mapping[str, np.ndarray]:
 
 
 def _reader_of_content(data: bytes) -> Reader | None:
-    """The reader of a file by its first bytes and, of a zip, its members; None if they are of
-    none.
-    """
+    """The reader of a file by its first bytes and, of a zip, its members; None without one."""
     if data.startswith((PNG_MAGIC, JPEG_MAGIC)):
         return _read_picture
     if data.startswith(NPY_MAGIC):

@@ -109,9 +109,7 @@ def read_facts_lines(path: Path) -> list[Facts]:
 
 
 def _whole_number(text: str) -> int:
-    """A whole number of 64 bits. Raises ValueError for a longer one, of which no float can be
-    made.
-    """
+    """A whole number of 64 bits. Raises ValueError for a longer one, which no float can hold."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

@@ -130,9 +130,7 @@ def find_column(
 
 
 def match_column(names: Sequence[str], candidates: Sequence[str]) -> str:
-    """Return the name of the first candidate that is there, else of one written otherwise, or
-    "".
-    """
+    """Return the name of the first candidate there is, else of one in other letters, or ""."""
     by_plain = {name.strip().lower(): name for name in reversed(names)}
     exact = next((c for c in candidates if c in names), "")
     return exact or next((by_plain[c.lower()] for c in candidates if c.lower() in by_plain), "")
@@ -296,9 +294,7 @@ class _CsvRows:
             self.file.seek(-len(begin), os.SEEK_CUR)
 
     def _line_of(self, offset: int) -> int:
-        """The number of the line that begins at a byte, at or behind the last that was asked
-        for.
-        """
+        """The number of the line that begins at a byte, which is not before the last one."""
         position = self.file.tell()
         start, count = self.counted
         self.file.seek(start)

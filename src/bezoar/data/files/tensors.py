@@ -18,9 +18,7 @@ MAX_BYTES = 1 << 40
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises UserError for anything but such a regular
-    file.
-    """
+    """The tensors of a safetensors file by name. Raises UserError for any other file."""
     tensors: dict[str, Tensor] = _read(path, load_file)
     return tensors
 

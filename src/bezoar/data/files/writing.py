@@ -55,9 +55,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder of a run where there is none. A link in its place is removed, and not
-    followed.
-    """
+    """Make a folder of a run where there is none. A link in its place is removed."""
     if path.is_symlink():
         path.unlink()
     path.mkdir(parents=True, exist_ok=True)
@@ -71,9 +69,7 @@ def own_folder(path: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of a run with what is in it. Of a link in its place the link alone is
-    removed.
-    """
+    """Remove a folder of a run with what is in it; of a link in its place, the link alone."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -88,9 +84,7 @@ def remove_debris(folder: Path) -> None:
 
 
 def remove_debris_of(path: Path) -> None:
-    """Remove what attempts that were killed have left of one file, among files that are the user's
-    own.
-    """
+    """Remove what killed attempts have left of one file, beside files of the user."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}"):
         middle = leftover.name.removeprefix(f"{path.name}.").removesuffix(TEMPORARY)
         if re.fullmatch(r"[0-9a-f]{12}", middle):

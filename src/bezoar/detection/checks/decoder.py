@@ -131,9 +131,7 @@ class Decoder:
 
 
 def hide_cells(count: int, share: float, draw: torch.Generator) -> Tensor:
-    """Hide each cell of `count` images with the probability `share`: bool (count, 1, SIDE,
-    SIDE).
-    """
+    """Hide each cell of images with the probability `share`: bool (count, 1, SIDE, SIDE)."""
     cells = torch.rand(count, 1, SIDE // CELL, SIDE // CELL, generator=draw) < share
     return cells.repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
 

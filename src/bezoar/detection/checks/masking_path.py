@@ -57,9 +57,7 @@ class MaskingPath:
     def __call__(
         self, encoder: Encoder, images: Pairs, clean: Pairs, report: ProgressReport = no_report
     ) -> Scores:
-        """-> Scores; boxes: the cell whose masking made the gap. UserError for too few clean
-        ones.
-        """
+        """-> Scores; boxes: the cells that made the gaps. UserError for too few clean images."""
         if len(clean) < MIN_CLEAN:
             raise UserError(
                 f"masking_path needs at least {MIN_CLEAN} clean images; there are {len(clean)}"

@@ -99,9 +99,7 @@ def _window(row: int, corpus: Corpus, by_detector: Mapping[str, Scores]) -> Box 
 
 
 def label_studio_task(corpus: Corpus, record: ExportedRecord) -> dict[str, Any]:
-    """A task of Label Studio's basic JSON; a trigger's window is a pre-annotation, its place in
-    percent.
-    """
+    """A task of Label Studio's JSON; a trigger's window is a pre-annotation, in percent."""
     path = own_file(corpus, record.row)
     image = str(path) if path else f"data:image/png;base64,{_base64_png(corpus, record.row)}"
     result: list[dict[str, Any]] = [

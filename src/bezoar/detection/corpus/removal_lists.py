@@ -29,9 +29,7 @@ def explain_removal(row: int, place: int, by_detector: Mapping[str, Scores]) -> 
 
 
 def write_removed(folder: Path, corpus: Corpus, ranking: Ranking) -> None:
-    """Write removed.csv: rank, id, place, why, score and caption of what the keep-list leaves out,
-    the worst first.
-    """
+    """Write removed.csv: what the keep-list leaves out and why, the worst first."""
     with whole_file(folder / REMOVED, "w", newline="") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(("rank", "id", "place", "why", "score", "caption"))

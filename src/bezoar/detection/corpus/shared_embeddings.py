@@ -104,9 +104,7 @@ class Entry:
         _link(self.vectors / DONE, run / VECTORS / DONE)
 
     def load_scores(self, detector: Any, ids: Sequence[str]) -> Scores | None:
-        """The scores that a detector gave before; None where it was not asked, or they are
-        spoilt.
-        """
+        """The scores that a detector gave before; None where there are none, or spoilt ones."""
         path = self._scores_path(detector)
         if not path.is_file():
             return None
@@ -170,9 +168,7 @@ def find_entry(runs: Path, ask: dict[str, Any], inputs: Sequence[Any], device: s
 
 
 def read_secret() -> str:
-    """The user's secret, made where there is none; without a folder to keep it in, this
-    process's.
-    """
+    """The user's secret, made where there is none; that of this process without a folder."""
     try:
         path = registry.state_folder() / SECRET
         if not path.exists():

@@ -81,9 +81,7 @@ def require_texts(embedded: EmbeddedRecords, detector: str) -> Tensor:
 
 
 def caption_cosines(embedded: EmbeddedRecords, detector: str) -> Tensor:
-    """The cosine of each record's image and caption, float32 (N,) on the CPU; see
-    `require_texts`.
-    """
+    """The cosine of each image and its caption, float32 (N,) on the CPU; see `require_texts`."""
     texts = require_texts(embedded, detector)
     parts = zip(embedded.images.split(ROWS), texts.split(ROWS), strict=True)
     return torch.cat([(z * w.to(z.device)).sum(1).float().cpu() for z, w in parts])

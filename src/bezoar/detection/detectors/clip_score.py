@@ -29,9 +29,7 @@ class ClipScore:
     ] = ""
 
     def files(self) -> list[Path]:
-        """Return what the scores depend on besides the fields: the weights of the independent
-        encoder.
-        """
+        """Return what scores depend on besides the fields: weights of the independent encoder."""
         return reference_files(self.encoder)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:

@@ -286,9 +286,7 @@ class CommonCause:
         believed: Sequence[Cause],
         notes: dict[str, Any],
     ) -> Scores:
-        """The ranking. mismatch and doubt: (N,), in the given order, as are the rows of the
-        causes.
-        """
+        """The ranking. mismatch and doubt: (N,), in the order given; so are the causes' rows."""
         n = len(order)
         rank = mismatch.argsort(stable=True).argsort().float() / n
         values = torch.where(doubt > 0, 1 + doubt, rank)

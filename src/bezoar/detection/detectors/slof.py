@@ -31,9 +31,7 @@ class Slof:
         density.check_fields(self)
 
     def __call__(self, encoder: RecordEncoder, source: Records) -> Scores:
-        """-> Scores > 0, about 1 in even density; places thinner than their neighbours are
-        worse.
-        """
+        """-> Scores > 0, about 1 in even density, larger where it is thinner than around."""
         return density.score_records(
             self, encoder, source, lambda near: near.log_ratio.exp().mean(1)
         )

@@ -110,9 +110,7 @@ def write_windows(folder: Path, ids: Sequence[str], boxes: Tensor) -> None:
 
 
 def read_windows(folder: Path) -> dict[str, Box]:
-    """Return what `write_windows` wrote, if anything. Raises UserError for another file of that
-    name.
-    """
+    """Return what `write_windows` wrote, if anything. Raises UserError for another file."""
     path = folder / WINDOWS
     if not path.exists():
         return {}

@@ -118,9 +118,7 @@ def check_integrity(
 
 
 def compare_records(corpus: Corpus) -> Integrity:
-    """Compare every record's image with what its JSON records. Bytes, sizes and perceptual hashes
-    have a say.
-    """
+    """Compare the bytes, size and perceptual hash of every image with what its JSON records."""
     n = len(corpus)
     integrity = Integrity(np.zeros(n, np.int8), {}, np.zeros(n, bool))
     shards, offsets = corpus.places["shard"], corpus.places["offset"]
@@ -170,9 +168,7 @@ def _same_ratio(one: tuple[int, int], two: tuple[int, int]) -> bool:
 
 
 def phash_distance(image: bytes, recorded: int) -> int | None:
-    """Bits in which the perceptual hash of an image differs from a recorded one; None if it is not
-    decodable.
-    """
+    """Bits by which an image's perceptual hash differs from a recorded one; None without it."""
     try:
         pixels = decode_image(image, None)  # (3, H, W)
     except Unreadable:
@@ -181,9 +177,7 @@ def phash_distance(image: bytes, recorded: int) -> int | None:
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
-    """64 bits of an image (3, H, W): which low frequencies lie above their median, as ImageHash's
-    `phash`.
-    """
+    """64 bits of an image (3, H, W): which low frequencies lie above their median (`phash`)."""
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     grey = np.asarray(picture.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = dct(dct(grey, axis=0), axis=1)[:8, :8]
@@ -217,9 +211,7 @@ def tell_by_captions(integrity: Integrity, images: Tensor, texts: Tensor) -> Non
 
 
 def _stored_records(path: Path) -> Iterator[tuple[int, Recorded, bytes]]:
-    """For each record of a tar with JSON: where its image begins, what is recorded, and the
-    image.
-    """
+    """For each record of a tar with JSON: its image's place, what is recorded, and the image."""
     for group in read_groups(path):
         if not isinstance(group, Group) or "json" not in group.files:
             continue
@@ -263,9 +255,7 @@ def _sentence(integrity: Integrity) -> str:
 
 
 def _write_mismatches(folder: Path, corpus: Corpus, integrity: Integrity) -> None:
-    """Write mismatches.csv: another picture first, then what cannot be told, then what was
-    recoded.
-    """
+    """Write mismatches.csv: other pictures first, then undecided ones, then recoded ones."""
     order = [VERDICTS.index(v) for v in (ANOTHER, UNTOLD, RECODED)]
     rows = sorted(integrity.evidence, key=lambda r: (order.index(int(integrity.verdicts[r])), r))
     with whole_file(folder / MISMATCHES_CSV, newline="") as file:
@@ -279,9 +269,7 @@ def _write_mismatches(folder: Path, corpus: Corpus, integrity: Integrity) -> Non
 
 
 def _write_domains(folder: Path, corpus: Corpus, integrity: Integrity) -> None:
-    """Write integrity.csv: a line a domain, those first that surely have the most other
-    pictures.
-    """
+    """Write integrity.csv: a line a domain, those that surely have most other pictures first."""
     try:
         sources = find_sources(corpus, "domain")
     except UserError:  # no record has a URL

@@ -72,7 +72,7 @@ class Victim:
         tasks: downstream tasks; an attack on the first is audited, checked and repaired.
         heads: specs of the probes.
         seeds: attacks on each task.
-        own: spec of images of the classes of the network's own head; "" if it has none.
+        head_images: spec of images of the classes of the network's own head; "" if it has none.
         audited: spec of the clean images that an audit is given.
         fresh: spec of the clean images that a repair is given.
         audit: spec of the audit.
@@ -86,7 +86,7 @@ class Victim:
     tasks: tuple[Task, ...]
     heads: tuple[str, ...]
     seeds: int
-    own: str
+    head_images: str
     audited: str
     fresh: str
     audit: str
@@ -113,12 +113,10 @@ class Victim:
         return [Trial(verb, seed) for seed in range(self.seeds)]
 
     def own_row(self, task: Task) -> Row:
-        """The network's own head, after the attack for a task whose reference shows a class of
-        it.
-        """
+        """The own head after the attack for a task whose reference shows a class of it."""
         verb = Evaluate(
             self.inject(task),
-            self.own,
+            self.head_images,
             ("own",),
             baseline=self.network,
             trigger=self.trigger,
@@ -128,12 +126,10 @@ class Victim:
         return Row("ImageNet, its own head", mean_cells([Trial(verb)], columns))
 
     def later_rows(self) -> list[Row]:
-        """The network's own head; checks, repair and audit of the first attack on the first
-        task.
-        """
+        """The own head, checks, repair and audit, of the first attack on the first task."""
         task = self.tasks[0]
         attacked = self.inject(task)
-        rows = [self.own_row(task)] if self.own else []
+        rows = [self.own_row(task)] if self.head_images else []
         images, clean = (limit_records(data, self.few) for data in (task.test, task.train))
         check = Trial(Check(attacked, images, clean, CHECKS, rate=0.05, trigger=self.trigger))
         for name in CHECKS:
@@ -142,7 +138,9 @@ class Victim:
         repair = Repair(attacked, self.fresh, (), task.test, labelled=task.train, revive=False)
         rows.append(Row("repair, the default", mean_cells([Trial(repair)], REPAIRED)))
         columns = {"verdict": "cleanse.grade", "statistic": "cleanse.statistic"}
-        if self.own:  # of so many classes `cleanse` searches only some, which patches lead to
+        if (
+            self.head_images
+        ):  # of so many classes `cleanse` searches only some, which patches lead to
             columns["patches read as one class"] = "cleanse.patch_pull"
         audit = Trial(Audit(attacked, self.audited, (self.audit,), bank=()))
         rows.append(Row("audit, the default's verdict", mean_cells([audit], columns)))
@@ -202,7 +200,7 @@ def get_victim(options: TableOptions) -> Victim:
             tasks=SMOKE.tasks[:1],
             heads=SMOKE.heads,
             seeds=SMOKE.seeds,
-            own="",
+            head_images="",
             audited="scenes:count=64,seed=7",
             fresh="scenes:count=256,seed=7",
             audit="cleanse:steps=3",
@@ -224,7 +222,7 @@ def get_victim(options: TableOptions) -> Victim:
         tasks=downstream_tasks(root, 800, 250),
         heads=("linear", "knn:k=10", "mlp:seeds=1,epochs=200"),
         seeds=3,
-        own=sample_spec(root, 224),
+        head_images=sample_spec(root, 224),
         audited=sample_spec(root, 96),
         fresh=dataset_spec(root, "tiny_imagenet", "test", size=96, limit=300),
         audit="cleanse",
