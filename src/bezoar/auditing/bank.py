@@ -48,46 +48,31 @@ Outcome = Literal["evidence", "no evidence", "no calibration"]
 
 @dataclass(frozen=True)
 class Family:
-    """What the encoders of a bank have in common. All are texts but the size; "" = not known.
+    """What the encoders of a bank have in common. All are texts but the size; "" = not known."""
 
-    Attributes:
-        network: spec.
-        size: side of the input in pixels.
-        data: spec of the training data, as `comparable_data_spec` gives it.
-        objective: spec.
-    """
-
-    network: str
-    size: int
-    data: str
-    objective: str
+    network: str  # spec
+    size: int  # side of the input in pixels
+    data: str  # spec of the training data, as `comparable_data_spec` gives it
+    objective: str  # spec
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The clean images of an audit. data: spec, as of a Family. images: their number."""
+    """The clean images of an audit."""
 
-    data: str
-    images: int
+    data: str  # spec, as of a Family
+    images: int  # their number
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One audit's value of one encoder.
+    """One audit's value of one encoder."""
 
-    Attributes:
-        name: of the encoder.
-        value: the audit's.
-        attack: "" for a clean encoder.
-        trigger: spec; "" for a clean encoder.
-        success: of the attack, where it was measured.
-    """
-
-    name: str
-    value: float
-    attack: str = ""
-    trigger: str = ""
-    success: float | None = None
+    name: str  # of the encoder
+    value: float  # the audit's
+    attack: str = ""  # "" for a clean encoder
+    trigger: str = ""  # spec; "" for a clean encoder
+    success: float | None = None  # of the attack, where it was measured
 
     @property
     def failed(self) -> bool:
@@ -97,21 +82,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One audit's values of all encoders of a bank.
+    """One audit's values of all encoders of a bank."""
 
-    Attributes:
-        audit: spec.
-        code: hash of the code that it is written in, see `code_hash`.
-        classifier: the classifier it was called with, in words; "" for none.
-        clean: the values of clean encoders.
-        attacked: the values of attacked encoders.
-    """
-
-    audit: str
-    code: str
-    classifier: str = ""
-    clean: tuple[Entry, ...] = ()
-    attacked: tuple[Entry, ...] = ()
+    audit: str  # spec
+    code: str  # hash of the code that it is written in, see `code_hash`
+    classifier: str = ""  # the classifier it was called with, in words; "" for none
+    clean: tuple[Entry, ...] = ()  # the values of clean encoders
+    attacked: tuple[Entry, ...] = ()  # the values of attacked encoders
 
     @property
     def name(self) -> str:
@@ -263,28 +240,18 @@ def _drop_times(raw: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class CalibratedVerdict:
-    """What banks say of one audit's value.
+    """What banks say of one audit's value."""
 
-    Attributes:
-        outcome: evidence, no evidence, or no calibration.
-        rate: the false-positive rate asked for.
-        p_value: None without calibration.
-        threshold: None without calibration.
-        false_positive_rate: of this threshold; None without calibration.
-        sensitivities: by attack, "" for all attacks together.
-        calibration: the values it was compared with.
-        reason: why there is no calibration.
-        assumptions: what is not known of the encoder and was taken to be as in the bank.
-    """
-
-    outcome: Outcome
-    rate: float
-    p_value: float | None = None
-    threshold: float | None = None
-    false_positive_rate: Measure | None = None
+    outcome: Outcome  # evidence, no evidence, or no calibration
+    rate: float  # the false-positive rate asked for
+    p_value: float | None = None  # None without calibration
+    threshold: float | None = None  # None without calibration
+    false_positive_rate: Measure | None = None  # of this threshold; None without calibration
+    # by attack, "" for all attacks together
     sensitivities: dict[str, Measure] = dataclasses.field(default_factory=dict)
-    calibration: Calibration | None = None
-    reason: str = ""
+    calibration: Calibration | None = None  # the values it was compared with
+    reason: str = ""  # why there is no calibration
+    # what is not known of the encoder and was taken to be as in the bank
     assumptions: tuple[str, ...] = ()
 
     def sentence(self) -> str:

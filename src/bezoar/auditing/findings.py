@@ -32,20 +32,14 @@ LARGE_IMAGES = 64
 
 @dataclass
 class AuditFindings:
-    """What audits found in one encoder.
+    """What audits found in one encoder."""
 
-    Attributes:
-        facts: as verdict.json holds them.
-        tensors: `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts'
-            `inversions`.
-        examples: `images`, the first clean images.
-        seconds: that each audit took, by its name. They stand in the manifest alone: equal audits
-            write equal files.
-    """
-
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # as verdict.json holds them
+    # `mask@i` (1, H, W) and `pattern@i` (3, H, W) of the i-th of the facts' `inversions`
     tensors: dict[str, Tensor]
-    examples: dict[str, Tensor]
+    examples: dict[str, Tensor]  # `images`, the first clean images
+    # that each audit took, by its name. They stand in the manifest alone: equal audits write equal
+    # files.
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

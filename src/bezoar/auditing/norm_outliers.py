@@ -18,9 +18,8 @@ from bezoar.evaluation.verdict import Verdict
 
 OutlierStatistic = Literal["log_ratio", "anomaly_index", "log_anomaly_index"]
 MIN_SPREAD = 1e-2  # in pixels, or of logarithms: a smaller spread of norms is none
-MAD_TO_SIGMA = (
-    1.4826  # times the median absolute deviation = the standard deviation of normal numbers
-)
+# Times the median absolute deviation = the standard deviation of normal numbers
+MAD_TO_SIGMA = 1.4826
 MIN_NORMS = 10  # with fewer norms a median absolute deviation says nothing
 MAX_NAMED = 8  # targets that a sentence names
 LEAST_SHARE = 0.5  # of the targets that a trigger must have reached for any verdict

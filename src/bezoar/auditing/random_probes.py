@@ -31,10 +31,10 @@ ProbeFunction = Callable[[Tensor, str, int], Tensor]
 
 @dataclass(frozen=True)
 class CommonShifts:
-    """What `common_shift` gives for each probe of one kind. lengths: 0 and more; shares: 0..1."""
+    """What `common_shift` gives for each probe of one kind."""
 
-    lengths: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
+    lengths: list[float] = field(default_factory=list)  # 0 and more
+    shares: list[float] = field(default_factory=list)  # 0..1
 
 
 def check_fields(probes: int, images: int, shrink: float) -> None:

@@ -20,10 +20,8 @@ from bezoar.auditing.norm_outliers import LEAST_SHARE
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
 STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
-SPREAD = (
-    0.6,
-    0.9,
-)  # concentrations of a mask that say nothing, and that take nothing off the ratio
+# Concentrations of a mask that say nothing, and that take nothing off the ratio.
+SPREAD = (0.6, 0.9)
 # The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
 # adds to them.
 TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 19, "could not tell": 0}
@@ -35,23 +33,14 @@ STRONG_WORD, SOME_WORD = 0.85, 0.7
 
 @dataclass(frozen=True)
 class UnaidedVerdict:
-    """What an audit says without a bank.
+    """What an audit says without a bank."""
 
-    Attributes:
-        grade: in words.
-        statistic: higher = more suspicious.
-        target: the class whose trigger is the least.
-        sentence: the verdict, as a person reads it.
-        p: the p-value in the statistic; None where there is none.
-        size: of the least trigger, in words.
-    """
-
-    grade: Grade
-    statistic: float
-    target: str
-    sentence: str
-    p: float | None = None
-    size: str = ""
+    grade: Grade  # in words
+    statistic: float  # higher = more suspicious
+    target: str  # the class whose trigger is the least
+    sentence: str  # the verdict, as a person reads it
+    p: float | None = None  # the p-value in the statistic; None where there is none
+    size: str = ""  # of the least trigger, in words
 
     def json(self) -> dict[str, Any]:
         """As it stands in verdict.json."""

@@ -17,12 +17,10 @@ CAPTION_SAMPLE = 1 << 15  # captions that the groups are found on
 
 @dataclass(frozen=True)
 class CaptionGroups:
-    """Groups of like captions. of_record: int64 (N,). centres: unit (G, D), of the captions'
-    vectors less their mean.
-    """
+    """Groups of like captions."""
 
-    of_record: Tensor
-    centres: Tensor
+    of_record: Tensor  # int64 (N,)
+    centres: Tensor  # unit (G, D), of the captions' vectors less their mean
 
     def __len__(self) -> int:
         return len(self.centres)

@@ -46,17 +46,12 @@ class DensityDetector(Protocol):
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """What lies around each of B records x, and around each of its k neighbours y; all float64.
+    """What lies around each of B records x, and around each of its k neighbours y; all float64."""
 
-    distance: (B,), kdist(x), the distance of x to its k-th neighbour. dimension: (B,), the local
-    intrinsic dimension at x. neighbour_distances: (B, k), kdist(y). neighbour_dimensions: (B, k),
-    the local intrinsic dimension at y.
-    """
-
-    distance: Tensor
-    dimension: Tensor
-    neighbour_distances: Tensor
-    neighbour_dimensions: Tensor
+    distance: Tensor  # (B,), kdist(x), the distance of x to its k-th neighbour
+    dimension: Tensor  # (B,), the local intrinsic dimension at x
+    neighbour_distances: Tensor  # (B, k), kdist(y)
+    neighbour_dimensions: Tensor  # (B, k), the local intrinsic dimension at y
 
     @property
     def log_ratio(self) -> Tensor:
@@ -68,17 +63,15 @@ class Neighbourhood:
 class Density:
     """Distances of N records to their k nearest among a sample of P; no record is its own
     neighbour. 8 k bytes a record.
-
-    distance: float32 (N, k), ascending. index: int32 (N, k), rows of the sample. Both lie where the
-    records lie. sample_distance: float64 (P, k), on the device, the distances among the sample.
-    Where texts are among the references these are 2 P rows, images and then their captions, and
-    neither of a record's two is a neighbour of either. width: D of the embedding.
     """
 
-    distance: Tensor
-    index: Tensor
+    distance: Tensor  # float32 (N, k), ascending
+    index: Tensor  # int32 (N, k), rows of the sample. Both lie where the records lie.
+    # float64 (P, k), on the device, the distances among the sample. Where texts are among the
+    # references these are 2 P rows, images and then their captions, and neither of a record's two
+    # is a neighbour of either.
     sample_distance: Tensor
-    width: int
+    width: int  # D of the embedding
 
     @staticmethod
     def measure(

@@ -17,15 +17,11 @@ STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 
 @dataclass(frozen=True)
 class RidgeFit:
-    """A ridge regression of y (N, E) on x (N, D). All are float64.
+    """A ridge regression of y (N, E) on x (N, D). All are float64."""
 
-    means: (D,) and (E,), of x and of y. weights: (D, E). left_out: (N, E), what is left of each row
-    of y by the regression without it.
-    """
-
-    means: tuple[Tensor, Tensor]
-    weights: Tensor
-    left_out: Tensor
+    means: tuple[Tensor, Tensor]  # (D,) and (E,), of x and of y
+    weights: Tensor  # (D, E)
+    left_out: Tensor  # (N, E), what is left of each row of y by the regression without it
 
     def predict(self, x: Tensor) -> Tensor:
         """(M, D) -> (M, E)."""

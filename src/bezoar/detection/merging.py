@@ -19,28 +19,20 @@ RAISING_WEIGHT = 4.0  # of a detector that has raised records, where others have
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one detector does for the worst n records of the merged ranking.
+    """What one detector does for the worst n records of the merged ranking."""
 
-    unique: how many of these would not be among them without it. in_worst: how many of them are
-    among its own worst n. correlation: Spearman's, with each other detector.
-    """
-
-    unique: int
-    in_worst: int
-    correlation: dict[str, float]
+    unique: int  # how many of these would not be among them without it
+    in_worst: int  # how many of them are among its own worst n
+    correlation: dict[str, float]  # Spearman's, with each other detector
 
 
 @dataclass(frozen=True)
 class DetectorAgreement:
-    """M detectors on the same N records.
+    """M detectors on the same N records."""
 
-    values: float64 (M, N), their scores. correlation: float64 (M, M), Spearman's. raised: bool
-    (M, N), the records that a detector has raised.
-    """
-
-    values: NDArray[np.float64]
-    correlation: NDArray[np.float64]
-    raised: NDArray[np.bool_]
+    values: NDArray[np.float64]  # float64 (M, N), their scores
+    correlation: NDArray[np.float64]  # float64 (M, M), Spearman's
+    raised: NDArray[np.bool_]  # bool (M, N), the records that a detector has raised
 
     @staticmethod
     def of(scores: Sequence[Scores]) -> DetectorAgreement:

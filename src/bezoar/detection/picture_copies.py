@@ -80,15 +80,12 @@ def find_copies(
 
 @dataclass(frozen=True)
 class Spectra:
-    """Fourier transforms of M pictures of half the size.
+    """Fourier transforms of M pictures of half the size."""
 
-    Attributes:
-        wholes: complex64 (M, scales, 3, PADDED, PADDED / 2 + 1), of each at every scale.
-        inverse_lengths: float32 (M, scales, PADDED, PADDED), 1 / length of the window that begins
-            at a pixel, less its channels' means; 0 where it does not lie inside.
-    """
-
+    # complex64 (M, scales, 3, PADDED, PADDED / 2 + 1), of each at every scale
     wholes: NDArray[np.complex64]
+    # float32 (M, scales, PADDED, PADDED), 1 / length of the window that begins at a pixel, less its
+    # channels' means; 0 where it does not lie inside
     inverse_lengths: Floats
 
     @staticmethod

@@ -19,21 +19,13 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """A finished ranking of N records.
+    """A finished ranking of N records."""
 
-    Attributes:
-        merged: one score a record, of all detectors together.
-        by_detector: the scores of each detector, by name.
-        order: int64 (N,), all rows, the most suspicious first.
-        removed: rows that leave by their rank: the first of `order`.
-        surplus: rows of further copies of one picture that leave too, ascending.
-    """
-
-    merged: Scores
-    by_detector: Mapping[str, Scores]
-    order: Rows
-    removed: Rows
-    surplus: Rows
+    merged: Scores  # one score a record, of all detectors together
+    by_detector: Mapping[str, Scores]  # the scores of each detector, by name
+    order: Rows  # int64 (N,), all rows, the most suspicious first
+    removed: Rows  # rows that leave by their rank: the first of `order`
+    surplus: Rows  # rows of further copies of one picture that leave too, ascending
 
     @property
     def kept(self) -> Rows:

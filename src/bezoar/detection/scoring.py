@@ -20,18 +20,13 @@ from bezoar.runs.execute import Job
 
 @dataclass
 class Detections:
-    """The scores of all detectors.
+    """The scores of all detectors."""
 
-    Attributes:
-        scores: by the detector's name, or by its spec where a name is asked for twice.
-        seconds: that each took. What several share (neighbours, a short training) counts for the
-            first.
-        failed: a line for each detector that refused.
-    """
-
+    # by the detector's name, or by its spec where a name is asked for twice
     scores: dict[str, Scores]
+    # that each took. What several share (neighbours, a short training) counts for the first.
     seconds: dict[str, float]
-    failed: list[str]
+    failed: list[str]  # a line for each detector that refused
 
 
 def run_detectors(detectors: Sequence[Any], data: Corpus, job: Job) -> Detections:

@@ -45,15 +45,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class WindowCluster:
-    """Windows that show one pattern and move other images in one direction.
+    """Windows that show one pattern and move other images in one direction."""
 
-    rows: int64 (M,), the windows. direction: unit (D,), their mean shift. pattern: their median,
-    aligned.
-    """
-
-    rows: Tensor
-    direction: Tensor
-    pattern: Pattern
+    rows: Tensor  # int64 (M,), the windows
+    direction: Tensor  # unit (D,), their mean shift
+    pattern: Pattern  # their median, aligned
 
 
 def cluster_windows(
@@ -147,17 +143,13 @@ def best_correlation(windows: Tensor, first: Tensor, second: Tensor) -> tuple[Te
 
 @dataclass(frozen=True)
 class Matches:
-    """Where N images are most like T patterns.
+    """Where N images are most like T patterns."""
 
-    likeness: (N, T), at most 1: the largest correlation; of a pattern of one grey, which correlates
-    with nothing, 1 less the least difference, in units of 127.5 grey levels. corners: int64
-    (N, T, 2), where it lies. difference: (N, T), the least root mean square difference at any
-    place, in grey levels.
-    """
-
+    # (N, T), at most 1: the largest correlation; of a pattern of one grey, which correlates with
+    # nothing, 1 less the least difference, in units of 127.5 grey levels
     likeness: Tensor
-    corners: Tensor
-    difference: Tensor
+    corners: Tensor  # int64 (N, T, 2), where it lies
+    difference: Tensor  # (N, T), the least root mean square difference at any place, in grey levels
 
 
 def find_patterns(images: Tensor, patterns: Sequence[Pattern]) -> Matches:
@@ -231,15 +223,12 @@ class GroupTextures:
     What differs by chance from image to image has a mean that goes to zero as images are added.
     What is laid over many images has not: a blended pattern stays in the mean of the high-pass, a
     warp in the mean of the roughness.
-
-    texture: images (N, 3, H, W) -> (N, F). sums: (G, F), over each group. squares: (F,), over all
-    images. counts: (G,).
     """
 
-    texture: Callable[[Tensor], Tensor]
-    sums: Tensor
-    squares: Tensor
-    counts: Tensor
+    texture: Callable[[Tensor], Tensor]  # images (N, 3, H, W) -> (N, F)
+    sums: Tensor  # (G, F), over each group
+    squares: Tensor  # (F,), over all images
+    counts: Tensor  # (G,)
 
     @staticmethod
     def empty(texture: Callable[[Tensor], Tensor], groups: int, images: Tensor) -> GroupTextures:

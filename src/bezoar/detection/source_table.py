@@ -42,49 +42,29 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Evidence:
-    """The strongest test of a source.
+    """The strongest test of a source."""
 
-    Attributes:
-        p: After the number of its tests, at most 1.
-        ranking: Name of the ranking.
-        group: The caption group of the cell; -1: all records of the source.
-        records: Of the source, or cell.
-        in_tail: How many of them are among the worst TAIL of all.
-        mean: Of -log u, in nats a record; 1 is expected.
-        low, high: 95 % interval of that mean.
-    """
-
-    p: float
-    ranking: str
-    group: int
-    records: int
-    in_tail: int
-    mean: float
-    low: float
+    p: float  # after the number of its tests, at most 1
+    ranking: str  # name of the ranking
+    group: int  # the caption group of the cell; -1: all records of the source
+    records: int  # of the source, or cell
+    in_tail: int  # how many of them are among the worst TAIL of all
+    mean: float  # of -log u, in nats a record; 1 is expected
+    low: float  # 95 % interval of that mean
     high: float
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A source that was tested.
+    """A source that was tested."""
 
-    Attributes:
-        number: Its number among the `RecordSources`.
-        name: Its name.
-        records: How many records it has.
-        raised: How many of them a detector raised.
-        evidence: Its strongest test, content adjusted for.
-        q: The false discovery rate at which it would just be found.
-        unadjusted: The same without the adjustment for content.
-    """
-
-    number: int
-    name: str
-    records: int
-    raised: int
-    evidence: Evidence
-    q: float
-    unadjusted: float
+    number: int  # its number among the `RecordSources`
+    name: str  # its name
+    records: int  # how many records it has
+    raised: int  # how many of them a detector raised
+    evidence: Evidence  # its strongest test, content adjusted for
+    q: float  # the false discovery rate at which it would just be found
+    unadjusted: float  # the same without the adjustment for content
 
     @property
     def stands_out(self) -> bool:
@@ -101,22 +81,15 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class SourceTable:
-    """The sources that were tested, the most suspicious first.
+    """The sources that were tested, the most suspicious first."""
 
-    Attributes:
-        what: What the sources are.
-        rows: Of the table.
-        untested: How many sources have fewer records than are tested.
-        accused: Rows of the data, ascending: the records in the tails for which sources stand out;
-            none where these are so many that sources differ by nature.
-        source_of_accused: The number of each one's source.
-    """
-
-    what: str
-    rows: tuple[SourceRow, ...]
-    untested: int
+    what: str  # what the sources are
+    rows: tuple[SourceRow, ...]  # of the table
+    untested: int  # how many sources have fewer records than are tested
+    # rows of the data, ascending: the records in the tails for which sources stand out; none where
+    # these are so many that sources differ by nature
     accused: Integers
-    source_of_accused: Integers
+    source_of_accused: Integers  # the number of each one's source
 
     @property
     def standing_out(self) -> list[SourceRow]:

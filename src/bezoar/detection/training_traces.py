@@ -36,15 +36,12 @@ _traces: dict[int, tuple[tuple[Any, ...], Trace]] = {}
 
 @dataclass(frozen=True)
 class Trace:
-    """What a small model says of N pairs after each of E epochs.
+    """What a small model says of N pairs after each of E epochs."""
 
-    ids: N keys. agreement: float32 (E, N), cosine of image and caption, unaugmented. loss: float32
-    (E, N) >= 0, in nats: -log of the share of the pair's caption in a softmax over itself and
-    `RIVALS` fixed captions that differ from it, at `TEMPERATURE`.
-    """
-
-    ids: Sequence[str]
-    agreement: Tensor
+    ids: Sequence[str]  # N keys
+    agreement: Tensor  # float32 (E, N), cosine of image and caption, unaugmented
+    # float32 (E, N) >= 0, in nats: -log of the share of the pair's caption in a softmax over itself
+    # and `RIVALS` fixed captions that differ from it, at `TEMPERATURE`
     loss: Tensor
 
 
@@ -133,20 +130,15 @@ def read_without(
 class SmallModel:
     """A fresh model and the N records that it is trained on, in an order that belongs to the
     records.
-
-    ids: N keys, in the order of the source. rows: int64 (N,), where each of `records` stands in the
-    source. tokens: int64 (N, L), the captions of `records`. rivals: int64 (P,), `records` with the
-    first `RIVALS` different captions. rival_of: int64 (N,), which of these captions a record has
-    (-1: none).
     """
 
-    ids: Sequence[str]
+    ids: Sequence[str]  # N keys, in the order of the source
     records: Pairs | StoredPairs
-    rows: Tensor
+    rows: Tensor  # int64 (N,), where each of `records` stands in the source
     encoder: Encoder
-    tokens: Tensor
-    rivals: Tensor
-    rival_of: Tensor
+    tokens: Tensor  # int64 (N, L), the captions of `records`
+    rivals: Tensor  # int64 (P,), `records` with the first `RIVALS` different captions
+    rival_of: Tensor  # int64 (N,), which of these captions a record has (-1: none)
     seed: int
 
     @staticmethod

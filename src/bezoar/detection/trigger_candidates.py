@@ -66,12 +66,12 @@ TEXTURES = {"high-pass": shared_patterns.high_pass, "roughness": shared_patterns
 
 @dataclass(frozen=True)
 class SuspectData:
-    """N records and the encoder that was trained on them. texts: (N, D), the captions' vectors."""
+    """N records and the encoder that was trained on them."""
 
     encoder: RecordEncoder
     source: Records
     ids: Sequence[str]
-    texts: Tensor
+    texts: Tensor  # (N, D), the captions' vectors
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,36 +101,28 @@ class Hosts:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How like N records are to the candidates.
+    """How like N records are to the candidates."""
 
-    windows: (N, T), to the patterns of T window clusters, at most 1. corners: int64 (N, T, 2),
-    where. differences: (N, T), from these patterns, in grey levels. textures: float16 (N, K G), to
-    each of K textures in each of G caption groups, one texture after another.
-    """
-
-    windows: Tensor
-    corners: Tensor
-    differences: Tensor
+    windows: Tensor  # (N, T), to the patterns of T window clusters, at most 1
+    corners: Tensor  # int64 (N, T, 2), where
+    differences: Tensor  # (N, T), from these patterns, in grey levels
+    # float16 (N, K G), to each of K textures in each of G caption groups, one texture after another
     textures: Tensor
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """A tested candidate.
+    """A tested candidate."""
 
-    kind: "window" or the name of a texture. records: how many showed it before it was sought in
-    all. standout: see `standout_share`. effect: how far it moves foreign images, 0 where that was
-    not measured. dependence: share of those records that lose their caption where it is covered, 0
-    where that was not measured. share: float (N,), 0..1, how much of it each record shows; all 0
-    when it is not believed. boxes: int64 (N, 4), where.
-    """
-
-    kind: str
-    records: int
-    standout: float
-    effect: float
+    kind: str  # "window" or the name of a texture
+    records: int  # how many showed it before it was sought in all
+    standout: float  # see `standout_share`
+    effect: float  # how far it moves foreign images, 0 where that was not measured
+    # float (N,), 0..1, how much of it each record shows; all 0 when it is not believed
     share: Tensor
-    boxes: Tensor
+    boxes: Tensor  # int64 (N, 4), where
+    # share of those records that lose their caption where it is covered, 0 where that was not
+    # measured
     dependence: float = 0.0
 
     def note(self) -> dict[str, Any]:
@@ -200,14 +192,12 @@ def window_triggers(
 
 @dataclass(frozen=True)
 class CoverLoss:
-    """What M records lose when their windows are covered by the same place of natural images.
+    """What M records lose when their windows are covered by the same place of natural images."""
 
-    place: float32 (M,), of the share of other records' captions that fit the image worse than the
-    record's own. cosine: float32 (M,), of the image with that caption.
-    """
-
+    # float32 (M,), of the share of other records' captions that fit the image worse than the
+    # record's own
     place: Tensor
-    cosine: Tensor
+    cosine: Tensor  # float32 (M,), of the image with that caption
 
 
 def cover_windows(data: SuspectData, rows: Tensor, corners: Tensor, hosts: HostImages) -> CoverLoss:

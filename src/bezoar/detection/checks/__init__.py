@@ -26,15 +26,11 @@ IMAGES_AT_ONCE = 1024  # altered images that go through the encoder at once
 
 
 class CheckArguments(TypedDict, total=False):
-    """What a check may ask for by `needs`.
+    """What a check may ask for by `needs`."""
 
-    clean: a few hundred clean images that it is calibrated on. classifier: reads images as classes.
-    report: called with the progress.
-    """
-
-    clean: Pairs
-    classifier: Classifier
-    report: ProgressReport
+    clean: Pairs  # a few hundred clean images that it is calibrated on
+    classifier: Classifier  # reads images as classes
+    report: ProgressReport  # called with the progress
 
 
 class Check(Protocol):

@@ -67,24 +67,16 @@ class Vectors:
 
 @dataclass(frozen=True, eq=False)
 class Corpus(RecordIndex):
-    """N records, embedded, which can stand where Pairs stand; ready embeddings have no images.
+    """N records, embedded, which can stand where Pairs stand; ready embeddings have no images."""
 
-    Attributes:
-        source: what the records were read from.
-        by: what embedded them.
-        embedded: their vectors, over mapped files.
-        summary: how they were read: `read`, `skipped` (the first of what was not), `unread` (how
-            many), `reasons`, `doubles` (how many were renamed).
-        classes: names by label.
-        shared: where scans of the same data with the same encoder share their vectors; None where
-            they do not.
-    """
-
-    source: Source
-    by: Encoder | Vectors
-    embedded: EmbeddedRecords
+    source: Source  # what the records were read from
+    by: Encoder | Vectors  # what embedded them
+    embedded: EmbeddedRecords  # their vectors, over mapped files
+    # how they were read: `read`, `skipped` (the first of what was not), `unread` (how many),
+    # `reasons`, `doubles` (how many were renamed)
     summary: dict[str, Any]
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # names by label
+    # where scans of the same data with the same encoder share their vectors; None where they do not
     shared: Entry | None = None
 
     @property
@@ -215,21 +207,13 @@ def _open(source: Source, by: Encoder | Vectors, folder: Path) -> Corpus:
 
 @dataclass(frozen=True)
 class ScanScores:
-    """The scores of N records, in the order of the corpus.
+    """The scores of N records, in the order of the corpus."""
 
-    Attributes:
-        ids: of the records.
-        captions: empty where there are none.
-        places: where each record lies: `FILE MEMBER`, or `FILE row N`.
-        merged: of all detectors.
-        detectors: each one's scores, by the name it was asked for by.
-    """
-
-    ids: Strings
-    captions: Strings
-    places: Strings
-    merged: Scores
-    detectors: dict[str, Scores]
+    ids: Strings  # of the records
+    captions: Strings  # empty where there are none
+    places: Strings  # where each record lies: `FILE MEMBER`, or `FILE row N`
+    merged: Scores  # of all detectors
+    detectors: dict[str, Scores]  # each one's scores, by the name it was asked for by
 
     def __len__(self) -> int:
         return len(self.ids)

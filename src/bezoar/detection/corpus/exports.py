@@ -35,16 +35,16 @@ Box = tuple[float, float, float, float]  # left, top, width, height, in shares o
 
 @dataclass(frozen=True)
 class ExportedRecord:
-    """A record as it is exported. label: `raised` or `ranked`. box: where a trigger was placed."""
+    """A record as it is exported."""
 
     row: int
     key: str
     caption: str
     place: str
     why: str
-    label: str
+    label: str  # `raised` or `ranked`
     score: float
-    box: Box | None
+    box: Box | None  # where a trigger was placed
 
 
 def export_rows(

@@ -30,17 +30,11 @@ MAX_NAME = 200  # characters of a source's name
 
 @dataclass(frozen=True)
 class RecordSources:
-    """The sources of N records.
+    """The sources of N records."""
 
-    Attributes:
-        what: what they are, for the page: `domains of the URLs`.
-        names: of S sources, printable, in alphabetical order.
-        of_record: int64 (N,), each record's; -1 where it is not known.
-    """
-
-    what: str
-    names: tuple[str, ...]
-    of_record: NDArray[np.int64]
+    what: str  # what they are, for the page: `domains of the URLs`
+    names: tuple[str, ...]  # of S sources, printable, in alphabetical order
+    of_record: NDArray[np.int64]  # int64 (N,), each record's; -1 where it is not known
 
 
 def find_sources(corpus: Corpus, wanted: str) -> RecordSources | None:

@@ -52,13 +52,9 @@ SCORING_CODE = ("detection", "evaluation", "training", "encoders", "data")
 
 @dataclass(frozen=True)
 class Entry:
-    """The folder of one question: data, encoder and device.
+    """The folder of one question: data, encoder and device."""
 
-    Attributes:
-        folder: takes the files.
-    """
-
-    folder: Path
+    folder: Path  # takes the files
 
     @property
     def vectors(self) -> Path:

@@ -41,11 +41,11 @@ View = Callable[[NDArray[np.int64]], Tensor]  # rows -> their unit vectors
 
 @dataclass(frozen=True)
 class RecordBlocks:
-    """B blocks. rows: int64 (R,), one block after another. start, size: int64 (B,), of each."""
+    """B blocks."""
 
-    rows: NDArray[np.int64]
-    start: NDArray[np.int64]
-    size: NDArray[np.int64]
+    rows: NDArray[np.int64]  # int64 (R,), one block after another
+    start: NDArray[np.int64]  # int64 (B,), of each
+    size: NDArray[np.int64]  # int64 (B,), of each
 
 
 @method

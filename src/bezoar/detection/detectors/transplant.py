@@ -68,35 +68,25 @@ SAME_PICTURE = 0.95  # cosine of thumbnails from which one picture is taken for 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Result of the first pass over N records.
+    """Result of the first pass over N records."""
 
-    values: (N,), robust deviations of the strongest cell. boxes: int64 (N, 4), half of the image
-    around that cell. textures: those of the caption groups, one for each of TEXTURES; none without
-    groups.
-    """
-
-    values: Tensor
-    boxes: Tensor
+    values: Tensor  # (N,), robust deviations of the strongest cell
+    boxes: Tensor  # int64 (N, 4), half of the image around that cell
+    # those of the caption groups, one for each of TEXTURES; none without groups
     textures: list[GroupTextures]
 
 
 @dataclass(frozen=True)
 class LocatedWindows:
-    """Result of the second pass: the window of each of M records that moves foreign images.
+    """Result of the second pass: the window of each of M records that moves foreign images."""
 
-    rows: int64 (M,), the records. boxes: int64 (M, 4). gain: (M,), how far it moves them towards
-    the record's caption. agreement: (M,), how alike it moves them. shifts: (M, D), how far on
-    average. windows: uint8 (M, 3, s, s), of the reduced image. pictures: unit (M, 192), thumbnails
-    of the whole images.
-    """
-
-    rows: Tensor
-    boxes: Tensor
-    gain: Tensor
-    agreement: Tensor
-    shifts: Tensor
-    windows: Tensor
-    pictures: Tensor
+    rows: Tensor  # int64 (M,), the records
+    boxes: Tensor  # int64 (M, 4)
+    gain: Tensor  # (M,), how far it moves them towards the record's caption
+    agreement: Tensor  # (M,), how alike it moves them
+    shifts: Tensor  # (M, D), how far on average
+    windows: Tensor  # uint8 (M, 3, s, s), of the reduced image
+    pictures: Tensor  # unit (M, 192), thumbnails of the whole images
 
     @staticmethod
     def join(parts: Sequence[LocatedWindows]) -> LocatedWindows:

@@ -29,11 +29,11 @@ ASSUMPTION = "Assumes that the reference is a random sample of records like the 
 
 @dataclass(frozen=True)
 class CleanEstimate:
-    """Of the worst n[i] records, counts[i] are expected to be clean. why: if none, the reason."""
+    """Of the worst n[i] records, counts[i] are expected to be clean."""
 
     n: tuple[int, ...] = ()
     counts: tuple[Measure, ...] = ()
-    why: str = ""
+    why: str = ""  # if none, the reason
 
 
 def reported_counts(total: int, more: Sequence[int] = ()) -> tuple[int, ...]:

@@ -63,17 +63,11 @@ FITS_NOT = "captions fit as of other pictures"
 
 @dataclass(frozen=True)
 class Integrity:
-    """What is said of N records.
+    """What is said of N records."""
 
-    Attributes:
-        verdicts: int8 (N,), numbers of VERDICTS.
-        evidence: by row of a mismatch, why.
-        hashed: bool (N,), whether a hash is recorded.
-    """
-
-    verdicts: NDArray[np.int8]
-    evidence: dict[int, str]
-    hashed: NDArray[np.bool_]
+    verdicts: NDArray[np.int8]  # int8 (N,), numbers of VERDICTS
+    evidence: dict[int, str]  # by row of a mismatch, why
+    hashed: NDArray[np.bool_]  # bool (N,), whether a hash is recorded
 
     def count(self, verdict: str, rows: NDArray[np.bool_] | slice = slice(None)) -> int:
         """Return how many of some records have a verdict."""

@@ -76,27 +76,25 @@ DESCRIPTIONS = FILE_CHANNELS | SHARD_CHANNELS | ORDER_CHANNELS | CAPTION_CHANNEL
 
 @dataclass
 class Channels:
-    """The channels of N records.
+    """The channels of N records."""
 
-    ids: N keys. numbers: name -> float64 (N,). kinds: name -> int64 (N,), equal for equal. absent:
-    name -> why. sizes: float64 (N, 2), width and height as stored, 0 where no header says; None
-    where nothing is known.
-    """
-
-    ids: Sequence[str]
-    numbers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    ids: Sequence[str]  # N keys
+    numbers: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # name -> float64 (N,)
+    # name -> int64 (N,), equal for equal
     kinds: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)  # name -> why
+    # float64 (N, 2), width and height as stored, 0 where no header says; None where nothing is
+    # known
     sizes: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
 class MeasuredChannel:
-    """A channel. separates: whether it tells poisons from the rest, chance ruled out."""
+    """A channel."""
 
     name: str
     auroc: Measure
-    separates: bool
+    separates: bool  # whether it tells poisons from the rest, chance ruled out
 
 
 def collect_channels(

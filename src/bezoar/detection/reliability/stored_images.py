@@ -27,19 +27,17 @@ MAX_SEGMENTS = 256  # parts of a header that are looked at
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the first bytes of an image say. tables: a digest of a JPEG's quantisation tables.
-    shape: (0, 0) if not known.
-    """
+    """What the first bytes of an image say."""
 
     format: str = ""
     layout: str = ""
-    tables: str = ""
-    shape: tuple[int, int] = (0, 0)
+    tables: str = ""  # a digest of a JPEG's quantisation tables
+    shape: tuple[int, int] = (0, 0)  # (0, 0) if not known
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """What is stored of a record's image, beside its pixels. place: its number in the shard."""
+    """What is stored of a record's image, beside its pixels."""
 
     header: ImageHeader
     size: int
@@ -47,7 +45,7 @@ class StoredImage:
     owner: str
     extension: str
     shard: int = 0
-    place: int = 0
+    place: int = 0  # its number in the shard
 
 
 def with_tar_headers(

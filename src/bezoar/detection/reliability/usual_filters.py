@@ -44,16 +44,12 @@ SENTENCE_WORDS = 6  # words from which a function word is expected
 
 @dataclass(frozen=True)
 class Filter:
-    """A filter over N records.
-
-    description: what it keeps. passes: bool (N,), or None where it cannot be applied. why: the
-    reason for that.
-    """
+    """A filter over N records."""
 
     name: str
-    description: str
-    passes: NDArray[np.bool_] | None
-    why: str = ""
+    description: str  # what it keeps
+    passes: NDArray[np.bool_] | None  # bool (N,), or None where it cannot be applied
+    why: str = ""  # the reason for that
 
 
 def apply_filters(
