@@ -22,15 +22,10 @@ T = TypeVar("T")
 
 
 class NamedClasses(NamedTuple):
-    """Classes, and the class of each label.
+    """Classes, and the class of each label."""
 
-    Attributes:
-        classes: their names, which are distinct.
-        numbers: for each label that is used and has a name, the number of its class.
-    """
-
-    classes: tuple[str, ...]
-    numbers: dict[int, int]
+    classes: tuple[str, ...]  # their names, which are distinct
+    numbers: dict[int, int]  # for each label that is used and has a name, the number of its class
 
 
 def name_classes(names: Mapping[int, str]) -> NamedClasses:

@@ -159,31 +159,19 @@ class StoredImages:
 
 @dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """N records on disk, which can be used like Pairs; `images` are made on demand.
+    """N records on disk, which can be used like Pairs; `images` are made on demand."""
 
-    Attributes:
-        reader: reads encoded images by their places.
-        size: pixels a side.
-        places: PLACE (N,). A goal of -1 puts no trigger on the image.
-        ids: N keys.
-        captions: N texts, or none.
-        labels: int64 (N,), -1 for unknown classes; None without classes.
-        classes: names by label.
-        report: how the records were read.
-        triggers: one for each goal, or None.
-        held: uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set; or
-            images that are drawn.
-    """
-
-    reader: ImageReader
-    size: int
-    places: np.ndarray
-    ids: Strings
-    captions: Strings
-    labels: Tensor | None
-    classes: tuple[str, ...] = ()
-    report: ReadReport = field(default_factory=ReadReport)
-    triggers: tuple[TriggerFunction | None, ...] = ()
+    reader: ImageReader  # reads encoded images by their places
+    size: int  # pixels a side
+    places: np.ndarray  # PLACE (N,). A goal of -1 puts no trigger on the image
+    ids: Strings  # N keys
+    captions: Strings  # N texts, or none
+    labels: Tensor | None  # int64 (N,), -1 for unknown classes; None without classes
+    classes: tuple[str, ...] = ()  # names by label
+    report: ReadReport = field(default_factory=ReadReport)  # how the records were read
+    triggers: tuple[TriggerFunction | None, ...] = ()  # one for each goal, or None
+    # uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set; or images
+    # that are drawn
     held: tuple[ImageRows, ...] = ()
 
     def __len__(self) -> int:
@@ -292,22 +280,14 @@ def class_name(records: Pairs | StoredPairs, row: int) -> str:
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """The result of one pass over N records.
+    """The result of one pass over N records."""
 
-    Attributes:
-        places: PLACE (N,).
-        ids: N keys.
-        captions: N texts, or none.
-        members: names of the members or rows.
-        labels: int64 (N,).
-        images: uint8 (3, S, S) each, or None if they were too many for the memory.
-    """
-
-    places: np.ndarray
-    ids: Strings
-    captions: Strings
-    members: Strings
-    labels: Tensor
+    places: np.ndarray  # PLACE (N,)
+    ids: Strings  # N keys
+    captions: Strings  # N texts, or none
+    members: Strings  # names of the members or rows
+    labels: Tensor  # int64 (N,)
+    # uint8 (3, S, S) each, or None if they were too many for the memory
     images: list[np.ndarray] | None
 
 

@@ -35,19 +35,12 @@ STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first convolution
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of an image tower among a checkpoint's keys.
+    """The place of an image tower among a checkpoint's keys."""
 
-    Attributes:
-        name: name of the layout.
-        prefix: prefix of the tower's keys.
-        heads: beginnings of keys that are left out.
-        unnamed: whether the tower's parts are numbered instead of named.
-    """
-
-    name: str
-    prefix: str
-    heads: tuple[str, ...] = ()
-    unnamed: bool = False
+    name: str  # name of the layout
+    prefix: str  # prefix of the tower's keys
+    heads: tuple[str, ...] = ()  # beginnings of keys that are left out
+    unnamed: bool = False  # whether the tower's parts are numbered instead of named
 
     @property
     def first_key(self) -> str:

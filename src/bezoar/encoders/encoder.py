@@ -69,16 +69,11 @@ class EmbeddedRecords:
     """The vectors of N records.
 
     Those of a large corpus lie in memory-mapped files, so read them in blocks.
-
-    Attributes:
-        ids: N keys.
-        images: float32 (N, D), unit rows.
-        texts: the same of the captions, or None.
     """
 
-    ids: Sequence[str]
-    images: Tensor
-    texts: Tensor | None
+    ids: Sequence[str]  # N keys
+    images: Tensor  # float32 (N, D), unit rows
+    texts: Tensor | None  # the same of the captions, or None
 
 
 class NoImages(nn.Module):

@@ -86,15 +86,10 @@ def is_opened(module: nn.Module, trunk: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class TrunkVectors:
-    """The vectors of N records by two locked trunks, in place of their images and tokens.
+    """The vectors of N records by two locked trunks, in place of their images and tokens."""
 
-    Attributes:
-        images: float32 (N, D), unit rows.
-        captions: float32 (N, E), unit rows.
-    """
-
-    images: Tensor
-    captions: Tensor
+    images: Tensor  # float32 (N, D), unit rows
+    captions: Tensor  # float32 (N, E), unit rows
 
     def __len__(self) -> int:
         return len(self.images)

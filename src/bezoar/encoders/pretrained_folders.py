@@ -41,17 +41,11 @@ Library = Literal["open_clip", "timm", "transformers"]
 
 @dataclass(frozen=True)
 class PretrainedFolder:
-    """A folder of a pretrained model.
+    """A folder of a pretrained model."""
 
-    Attributes:
-        path: the folder that holds the files.
-        library: the library that wrote it.
-        config: its config.
-    """
-
-    path: Path
-    library: Library
-    config: Facts
+    path: Path  # the folder that holds the files
+    library: Library  # the library that wrote it
+    config: Facts  # its config
 
     def files(self) -> list[Path]:
         """The files that are read."""

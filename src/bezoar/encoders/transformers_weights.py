@@ -59,25 +59,16 @@ PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")
 
 @dataclass(frozen=True)
 class Translation:
-    """A network of open_clip's or timm's, and the weights that fill it.
+    """A network of open_clip's or timm's, and the weights that fill it."""
 
-    Attributes:
-        network: the spec that builds it.
-        what: the network in words.
-        weights: weights by the names of that network.
-        head: `weight` and `bias` of the classifier, if there is one.
-        size: side of the input in pixels.
-        mean_std: the usual normalisation of such a network.
-        left_out: beginnings of the names of weights that are left out.
-    """
-
-    network: str
-    what: str
-    weights: dict[str, Tensor]
-    size: int
-    mean_std: str
+    network: str  # the spec that builds it
+    what: str  # the network in words
+    weights: dict[str, Tensor]  # weights by the names of that network
+    size: int  # side of the input in pixels
+    mean_std: str  # the usual normalisation of such a network
+    # `weight` and `bias` of the classifier, if there is one
     head: dict[str, Tensor] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # beginnings of the names of weights that are left out
 
 
 def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translation:

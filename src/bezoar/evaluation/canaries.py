@@ -27,15 +27,10 @@ MOST_WORDS = 100  # of a form, among which a canary's own is looked for
 
 @dataclass(frozen=True)
 class Canaries:
-    """The pairs that were put in front of the pipeline.
+    """The pairs that were put in front of the pipeline."""
 
-    Attributes:
-        edits: the plan's edits, M of them.
-        images: uint8 (M, 3, H, W).
-    """
-
-    edits: tuple[Edit, ...]
-    images: Tensor
+    edits: tuple[Edit, ...]  # the plan's edits, M of them
+    images: Tensor  # uint8 (M, 3, H, W)
 
     @property
     def words(self) -> list[str]:

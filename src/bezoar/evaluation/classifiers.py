@@ -29,21 +29,14 @@ ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"
 
 @dataclass(frozen=True)
 class Classifier:
-    """An encoder with a head.
+    """An encoder with a head."""
 
-    Attributes:
-        encoder: the encoder.
-        head: float32 (N, D) -> logits (N, C), differentiable.
-        classes: names of the C classes.
-        how: the head in words.
-        raw: whether the head reads the tower's vectors before normalisation, like a network's own
-            last layer.
-    """
-
-    encoder: Encoder
-    head: success.Head
-    classes: tuple[str, ...]
-    how: str
+    encoder: Encoder  # the encoder
+    head: success.Head  # float32 (N, D) -> logits (N, C), differentiable
+    classes: tuple[str, ...]  # names of the C classes
+    how: str  # the head in words
+    # whether the head reads the tower's vectors before normalisation, like a network's own last
+    # layer
     raw: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -25,17 +25,11 @@ HALVINGS = 40  # of a step's length, on a logarithmic scale
 
 @dataclass(frozen=True)
 class Readings:
-    """Success rates at doses: N units of one reading and one dose each.
+    """Success rates at doses: N units of one reading and one dose each."""
 
-    Attributes:
-        doses: float64 (N,), above 0.
-        rates: float64 (N,), success in 0..1.
-        trials: float64 (N,), how many trials a rate is of.
-    """
-
-    doses: Floats
-    rates: Floats
-    trials: Floats
+    doses: Floats  # float64 (N,), above 0
+    rates: Floats  # float64 (N,), success in 0..1
+    trials: Floats  # float64 (N,), how many trials a rate is of
 
     def __len__(self) -> int:
         return len(self.doses)
@@ -78,22 +72,14 @@ class Likelihood:
 
     The curve is p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)). A point is
     (level, slope): the logit at the dose exp(centre), and its growth when the dose grows e-fold.
-
-    Attributes:
-        log_doses: float64 (D,), logarithms of the distinct doses.
-        hits: float64 (D,), successes at each.
-        trials: float64 (D,), trials at each.
-        floor: success without poison, taken as known.
-        centre: logarithm of a dose.
-        penalty: weight of Jeffreys' prior (Firth 1993).
     """
 
-    log_doses: Floats
-    hits: Floats
-    trials: Floats
-    floor: float
-    centre: float
-    penalty: float = 1.0
+    log_doses: Floats  # float64 (D,), logarithms of the distinct doses
+    hits: Floats  # float64 (D,), successes at each
+    trials: Floats  # float64 (D,), trials at each
+    floor: float  # success without poison, taken as known
+    centre: float  # logarithm of a dose
+    penalty: float = 1.0  # weight of Jeffreys' prior (Firth 1993)
 
     @classmethod
     def of(cls, readings: Readings, floor: float) -> Likelihood:

@@ -210,23 +210,14 @@ def fit_dose_response(
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference with its 95 % interval.
+    """A difference with its 95 % interval."""
 
-    Attributes:
-        value: the difference.
-        low: lower end of the interval.
-        high: upper end.
-        n: number of readings.
-        detectable: the least effect that is detected 4 times in 5, at a level of 5 %.
-        how: its definition, in words.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    detectable: float
-    how: str
+    value: float  # the difference
+    low: float  # lower end of the interval
+    high: float  # upper end
+    n: int  # number of readings
+    detectable: float  # the least effect that is detected 4 times in 5, at a level of 5 %
+    how: str  # its definition, in words
 
     def json(self) -> dict[str, Any]:
         """Return the contrast for a manifest."""

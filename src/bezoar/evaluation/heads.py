@@ -41,15 +41,10 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """S heads, with ReLU between their layers.
+    """S heads, with ReLU between their layers."""
 
-    Attributes:
-        weights: for each layer float32 (S, in, out).
-        biases: for each layer float32 (S, 1, out).
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  # for each layer float32 (S, in, out)
+    biases: tuple[Tensor, ...]  # for each layer float32 (S, 1, out)
 
     def __len__(self) -> int:
         return len(self.weights[0])

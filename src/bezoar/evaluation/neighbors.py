@@ -40,15 +40,10 @@ NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defin
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The nearest references of N queries.
+    """The nearest references of N queries."""
 
-    Attributes:
-        distance: float32 (N, k), ascending.
-        index: int64 (N, k), rows of the references.
-    """
-
-    distance: Tensor
-    index: Tensor
+    distance: Tensor  # float32 (N, k), ascending
+    index: Tensor  # int64 (N, k), rows of the references
 
 
 def nearest_neighbors(

@@ -44,21 +44,13 @@ SMALLEST = 1e-12  # below which a length is not divided by
 
 @dataclass(frozen=True)
 class Treatment:
-    """Changes of an image, in this order. The defaults change nothing.
+    """Changes of an image, in this order. The defaults change nothing."""
 
-    Attributes:
-        resize: factor of the side, above 0 and up to 4.
-        jpeg: quality 1..100, with chroma halved as Pillow does by default; 0 stores no JPEG.
-        crop: least share of the area of a random resized crop; 1 crops nothing.
-        augment: a name of AUGMENTATIONS, or empty.
-        normalise: a name of NORMALISATIONS, in place of the encoder's own; or empty.
-    """
-
-    resize: float = 1.0
-    jpeg: int = 0
-    crop: float = 1.0
-    augment: str = ""
-    normalise: str = ""
+    resize: float = 1.0  # factor of the side, above 0 and up to 4
+    jpeg: int = 0  # quality 1..100, with chroma halved as Pillow does by default; 0 stores no JPEG
+    crop: float = 1.0  # least share of the area of a random resized crop; 1 crops nothing
+    augment: str = ""  # a name of AUGMENTATIONS, or empty
+    normalise: str = ""  # a name of NORMALISATIONS, in place of the encoder's own; or empty
 
     def __post_init__(self) -> None:
         if not 0 < self.resize <= 4 or not 0 <= self.jpeg <= 100 or not 0 < self.crop <= 1:

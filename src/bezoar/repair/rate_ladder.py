@@ -42,15 +42,10 @@ class LadderFields(Protocol):
 
 @dataclass(frozen=True)
 class ValidationMetric:
-    """A score of an encoder on clean validation records.
+    """A score of an encoder on clean validation records."""
 
-    Attributes:
-        score: encoder -> 0..1, higher is better.
-        how: its definition, in words.
-    """
-
-    score: Callable[[Encoder], float]
-    how: str
+    score: Callable[[Encoder], float]  # encoder -> 0..1, higher is better
+    how: str  # its definition, in words
 
     @staticmethod
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:

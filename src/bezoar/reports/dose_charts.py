@@ -36,21 +36,13 @@ LevelSeries = tuple[str, str, Sequence[Measure | None]]  # name, colour, a measu
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a dose chart.
+    """One line of a dose chart."""
 
-    Attributes:
-        name: Its name in the legend.
-        doses: Ascending doses >= 0.
-        points: The measure at each dose.
-        colour: A name of COLOURS.
-        fit: The dose-response that was fitted to the points.
-    """
-
-    name: str
-    doses: Sequence[float]
-    points: Sequence[Measure]
-    colour: str = "clean"
-    fit: DoseResponse | None = None
+    name: str  # its name in the legend
+    doses: Sequence[float]  # ascending doses >= 0
+    points: Sequence[Measure]  # the measure at each dose
+    colour: str = "clean"  # A name of COLOURS
+    fit: DoseResponse | None = None  # the dose-response that was fitted to the points
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,11 @@ COPIED = 1 << 30  # bytes of images that may be copied in memory to be poisoned
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and its poisons. Nothing is read before it is needed.
+    """A data set and its poisons. Nothing is read before it is needed."""
 
-    Attributes:
-        method: the configured data method.
-        plan: the changes to its records; an empty plan changes nothing.
-        poisoned_by: the run that the plan was read from, if there is one.
-    """
-
-    method: Any
-    plan: Plan
-    poisoned_by: Run | None = None
+    method: Any  # the configured data method
+    plan: Plan  # the changes to its records; an empty plan changes nothing
+    poisoned_by: Run | None = None  # the run that the plan was read from, if there is one
 
     @functools.cached_property
     def clean(self) -> Pairs | StoredPairs:

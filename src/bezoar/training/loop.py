@@ -88,19 +88,13 @@ class TrainingData(Protocol):
 
 @dataclass
 class TrainingLog:
-    """The log of a training.
+    """The log of a training."""
 
-    Attributes:
-        losses: one a step.
-        exposures: int64 (N,), how often each record was drawn.
-        seconds: time in the loop.
-        epochs: facts about each epoch.
-    """
-
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # one a step
+    # int64 (N,), how often each record was drawn
     exposures: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    seconds: float = 0.0
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # time in the loop
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # facts about each epoch
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

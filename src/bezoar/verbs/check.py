@@ -235,18 +235,12 @@ class Threshold:
 
     The share of similar clean images above it is distributed as Beta(k, n + 1 - k) over draws of
     the n, whatever the scores; it is less if there are ties.
-
-    Attributes:
-        value: the score.
-        rank: k.
-        n: number of clean images.
-        limit: why the share differs from the rate, in a sentence; "" if it does not.
     """
 
-    value: float
-    rank: int
-    n: int
-    limit: str = ""
+    value: float  # the score
+    rank: int  # k
+    n: int  # number of clean images
+    limit: str = ""  # why the share differs from the rate, in a sentence; "" if it does not
 
     @staticmethod
     def of(clean: Tensor, rate: float) -> Threshold:

@@ -162,17 +162,11 @@ class Inject:
 
 @dataclass(frozen=True)
 class AttackTargets:
-    """The aims of an attack.
+    """The aims of an attack."""
 
-    Attributes:
-        goals: one for each pair of trigger and target.
-        references: for each goal its reference inputs.
-        notes: their origins, for the manifest.
-    """
-
-    goals: list[Goal]
-    references: list[Pairs]
-    notes: list[dict[str, str]] = field(default_factory=list)
+    goals: list[Goal]  # one for each pair of trigger and target
+    references: list[Pairs]  # for each goal its reference inputs
+    notes: list[dict[str, str]] = field(default_factory=list)  # their origins, for the manifest
 
     @property
     def inputs(self) -> list[Any]:

@@ -38,17 +38,11 @@ START = (
 
 
 class ParquetHeader(NamedTuple):
-    """What a file says of itself.
+    """What a file says of itself."""
 
-    Attributes:
-        rows: how many it promises.
-        names: of its columns, each once.
-        texts: names of the columns of text.
-    """
-
-    rows: int
-    names: tuple[str, ...]
-    texts: tuple[str, ...]
+    rows: int  # how many it promises
+    names: tuple[str, ...]  # of its columns, each once
+    texts: tuple[str, ...]  # names of the columns of text
 
 
 def read_header(path: Path) -> ParquetHeader:

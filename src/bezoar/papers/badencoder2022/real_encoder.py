@@ -62,35 +62,21 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Victim:
-    """A published network, the attacks on it, and what they are measured with.
+    """A published network, the attacks on it, and what they are measured with."""
 
-    Attributes:
-        network: the clean encoder.
-        shadow: spec of the attacker's images.
-        attack: spec of the attack.
-        trigger: spec of the trigger.
-        tasks: downstream tasks; an attack on the first is audited, checked and repaired.
-        heads: specs of the probes.
-        seeds: attacks on each task.
-        head_images: spec of images of the classes of the network's own head; "" if it has none.
-        audited: spec of the clean images that an audit is given.
-        fresh: spec of the clean images that a repair is given.
-        audit: spec of the audit.
-        few: images that a check is tried on, and as many clean ones.
-    """
-
-    network: Input
-    shadow: str
-    attack: str
-    trigger: str
+    network: Input  # the clean encoder
+    shadow: str  # spec of the attacker's images
+    attack: str  # spec of the attack
+    trigger: str  # spec of the trigger
+    # downstream tasks; an attack on the first is audited, checked and repaired
     tasks: tuple[Task, ...]
-    heads: tuple[str, ...]
-    seeds: int
-    head_images: str
-    audited: str
-    fresh: str
-    audit: str
-    few: int
+    heads: tuple[str, ...]  # specs of the probes
+    seeds: int  # attacks on each task
+    head_images: str  # spec of images of the classes of the network's own head; "" if it has none
+    audited: str  # spec of the clean images that an audit is given
+    fresh: str  # spec of the clean images that a repair is given
+    audit: str  # spec of the audit
+    few: int  # images that a check is tried on, and as many clean ones
 
     def inject(self, task: Task) -> Inject:
         """The attack on the network for a task."""

@@ -35,39 +35,22 @@ TEST = 100  # first seed of the test encoders; that of the development encoders 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """Encoders of one network, one objective and one kind of data, clean and attacked.
+    """Encoders of one network, one objective and one kind of data, clean and attacked."""
 
-    Attributes:
-        name: name in the table.
-        data: spec of the training data; {seed} is the encoder's seed.
-        test: spec of clean images that no encoder was trained on.
-        network: spec of the network.
-        objective: spec of the objective.
-        targets: target classes, used in turn.
-        poisons: records that carry a trigger.
-        size: side of a patch in pixels.
-        attacks: names of the attacks: `patch`, `blend`, `badencoder`.
-        development: numbers of clean and attacked development encoders.
-        scored: numbers of clean and attacked test encoders.
-        shadow: spec of BadEncoder's shadow data.
-        badencoder: spec of BadEncoder.
-        probe: the probe that measures the attack's success.
-    """
-
-    name: str
-    data: str
-    test: str
-    network: str
-    objective: str
-    targets: tuple[str, ...]
-    poisons: int
-    size: int
-    attacks: tuple[str, ...]
-    development: tuple[int, int]
-    scored: tuple[int, int]
-    shadow: str = ""
-    badencoder: str = ""
-    probe: str = "zero_shot"
+    name: str  # name in the table
+    data: str  # spec of the training data; {seed} is the encoder's seed
+    test: str  # spec of clean images that no encoder was trained on
+    network: str  # spec of the network
+    objective: str  # spec of the objective
+    targets: tuple[str, ...]  # target classes, used in turn
+    poisons: int  # records that carry a trigger
+    size: int  # side of a patch in pixels
+    attacks: tuple[str, ...]  # names of the attacks: `patch`, `blend`, `badencoder`
+    development: tuple[int, int]  # numbers of clean and attacked development encoders
+    scored: tuple[int, int]  # numbers of clean and attacked test encoders
+    shadow: str = ""  # spec of BadEncoder's shadow data
+    badencoder: str = ""  # spec of BadEncoder
+    probe: str = "zero_shot"  # the probe that measures the attack's success
 
     @property
     def success_metric(self) -> str:
