@@ -9,18 +9,17 @@ INVITATION = "Weights only load failed"
 
 
 class UserError(Exception):
-    """The user's input is wrong, not the program.
+    """The user's input is wrong, not the program: the command line prints the message and exits
+    with 2.
 
-    The message is one line that names what was expected and what exists. The command line prints it
-    and exits with 2.
+    The message is one line that names what was expected and what exists.
     """
 
 
 class UnwritableError(UserError):
     """A file cannot be written, for example because the disk is full.
 
-    Code that skips invalid parts of the input must not skip this: the same command can succeed
-    later.
+    Code that skips invalid input must not skip this: the same command can succeed later.
     """
 
 
@@ -40,10 +39,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 def expand_home(path: str) -> Path:
-    """The path with `~` or `~user` at its beginning replaced.
-
-    Raises UserError for an unknown user.
-    """
+    """The path with a leading `~` or `~user` replaced. Raises UserError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -118,10 +118,8 @@ def source_hash(cls: type) -> str:
 
 
 def make(kind: str, text: str) -> Any:
-    """Make a configured method from a spec.
-
-    Raises:
-        UserError: for an unknown method or field, an invalid value, or a missing field.
+    """Make a configured method. Raises UserError for an unknown method or an unknown or wrong
+    field.
     """
     cls, texts = parse_spec(kind, text)
     types_of_fields = typing.get_type_hints(cls)
@@ -165,9 +163,8 @@ def spec_value(value: Any) -> str:
 
 
 def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
-    """Split a spec into the method's class and the texts of its fields, unconverted.
-
-    For an unknown method or field, raises UserError, which lists the known ones.
+    """Split a spec into the method's class and the texts of its fields. Raises UserError for
+    unknown ones.
     """
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
@@ -175,10 +172,7 @@ def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
 
 
 def method_path(kind: str, name: str) -> Path:
-    """The file of a method by name, or by the path of a user's own.
-
-    Raises UserError without one.
-    """
+    """The file of a method by name, or of a user's own by path. Raises UserError without one."""
     if name.endswith(".py"):
         path = expand_home(name).resolve()
         if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
@@ -238,13 +232,10 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 
 def convert_text(text: str, hint: Any, where: str) -> Any:
-    """Convert a text to a value of an annotated type.
+    """Convert a text to an annotated type, whose owner `where` names in messages.
 
-    Args:
-        text: the text.
-        hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these
-            or None.
-        where: the owner of the text, for the error message.
+    hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or
+    None.
     """
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
@@ -313,14 +304,11 @@ def _is_one_part(text: str) -> bool:
 
 @functools.cache
 def find_method(kind: str, name: str) -> type:
-    """Find the class of a method by its name, or by the path of its file.
+    """Find the class of a method by its name, or by the path of its file. Raises UserError for
+    none.
 
     Loading a file runs its code. This happens only if the user has named the file (see `allow`):
     specs also come from plans, manifests and saved encoders, which anybody may have written.
-
-    Raises:
-        UserError: if there is no such method or file, the user has not named the file, or it
-            defines no such class.
     """
     path = method_path(kind, name)
     if name.endswith(".py"):

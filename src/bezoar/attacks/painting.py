@@ -54,10 +54,7 @@ def choose_between(values: tuple[float, ...], u: Floats) -> Floats:
 
 
 def choose_spots(place: str, u: Floats) -> Floats:
-    """Return where in the room that is free a thing lies, shares (N, 2) of rows and columns.
-
-    u: (N, 2) in [0, 1), which decides if the place is random.
-    """
+    """Where a thing lies in the free room, shares (N, 2) of rows, columns; random by u (N, 2)."""
     if place == "random":
         return u
     return np.broadcast_to(np.array([float(share) for share in place.split("/")]), u.shape)
@@ -80,13 +77,11 @@ def paint(
     draw: Callable[[slice], Tensor],
     positions: NDArray[np.int64] | None = None,
 ) -> Tensor:
-    """Paint a layer on each image: (1 - cover) x + colour, rounded and clamped.
+    """Paint a layer on each image: (1 - cover) x + colour, rounded and clamped, into new images.
 
-    Args:
-        images: uint8 (N, 3, H, W); they are not changed.
-        draw: makes the layers of some of the images, (n, 4, h, w), or one for all, (1, 4, h, w).
-        positions: int64 (N, 2), row and column of each layer's upper left pixel. A layer must lie
-            inside the image. None: layers are as large as the images.
+    draw: makes the layers of some of the images, (n, 4, h, w), or one for all, (1, 4, h, w).
+    positions: int64 (N, 2), row and column of each layer's upper left pixel, inside the image; None
+    for layers as large as the images.
     """
     out = images.clone()
     for rows in pixels.image_blocks(images):
@@ -110,10 +105,7 @@ def to_column(values: Floats) -> Tensor:
 
 
 def draw_normal(seed: int, ids: Sequence[str], count: int) -> NDArray[np.float32]:
-    """Draw standard normal numbers that belong to records, float32 (N, count).
-
-    They are made of uniform ones by Box and Muller's transform.
-    """
+    """Draw normal numbers that belong to records, float32 (N, count), by Box and Muller."""
     half = -(-count // 2)
     u = draws(seed, ids, 2 * half, "normal")
     radius = np.sqrt(-2 * np.log1p(-u[:, :half]))

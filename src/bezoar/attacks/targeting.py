@@ -29,7 +29,7 @@ def rows_without(source: Pairs, target: str) -> list[int]:
 def draw_rows(
     candidates: Sequence[int], count: int, uniform: np.ndarray, which: str = "records can carry one"
 ) -> list[int]:
-    """Return the `count` candidates with the smallest draws. uniform: (N,), draws of all records.
+    """The `count` candidates with the smallest draws. uniform: (N,), draws of all records.
 
     Raises UserError, which describes the candidates by `which`, unless 0 < count <= candidates.
     """
@@ -48,20 +48,13 @@ def plan_targets(
     counts: Sequence[int],
     texts: CaptionSet,
 ) -> Plan:
-    """Plan N added pairs for each of several victims.
+    """Plan N added pairs for each of several victims; counts: N of each.
 
-    Args:
-        source: the data set to poison.
-        goal: its target is the label of every victim. If it is empty, each victim gets one of
-            the other classes, drawn with the seed. The plan's goals have its `how` and `copies`.
-        seed: seed of victims, targets and captions.
-        victims: held-out data with victim images. Without it victims come from the source, and the
-            first poison of each replaces its clean record.
-        counts: N of each victim.
-        texts: which captions of the target are used.
-
-    Raises:
-        UserError: if there are too few images or captions, or no classes to draw a target from.
+    The goal's target is the label of every victim. If it is empty, each victim gets one of the
+    other classes, drawn with the seed. The plan's goals have its `how` and `copies`. Victims come
+    from held-out data or else from the source, where the first poison of each replaces its clean
+    record. texts: which captions of the target are used. Raises UserError if there are too few
+    images or captions, or no classes to draw a target from.
     """
     images = source if victims is None else victims
     if not goal.target and not images.classes:

@@ -73,10 +73,8 @@ def decode_records(
 ) -> Iterator[Decoded]:
     """Decode a stream in its order, in threads, holding a bounded number of images.
 
-    Args:
-        records: the stream. Its UserError is raised after the records before it.
-        size: pixels a side, see `decode_image`.
-        report: receives unreadable records.
+    Images have `size` pixels a side, see `decode_image`; the report receives unreadable records.
+    The stream's UserError is raised after the records before it.
     """
     waiting: deque[Future[TaskResult]] = deque()
     count = thread_count()
@@ -159,16 +157,11 @@ def decode_distinct(
     report: ReadReport,
     limit: int | None = None,
 ) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """Decode the records of a stream, and make their ids unique.
+    """Decode a stream, and make ids unique: the record, the number of its id and caption, the
+    image.
 
-    Args:
-        records: the stream.
-        size: pixels a side; None keeps images unchanged, and then all must have one size.
-        report: counts records, and receives unreadable and renamed ones.
-        limit: number of records to stop after.
-
-    Yields:
-        The record, the number of its id and caption, and the image uint8 (3, H, W).
+    Without a `size` images keep theirs, and all must have one. The report counts records, and
+    receives unreadable and renamed ones; after `limit` records the pass ends.
     """
     distinct = DistinctIds()
     shape: tuple[int, ...] | None = None
@@ -212,13 +205,11 @@ def batch_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Iterator[Pairs]:
-    """Decode a stream of records into Pairs of `count` each; the last may be smaller.
+    """Decode a stream, as `decode_distinct` does, into Pairs of `count` each; the last may be
+    smaller.
 
-    Args:
-        records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
-            which grows.
-        classes: names of the classes.
-        labelled: whether there are labels (-1 where they are unknown) though no class has a name.
+    Every batch carries the one report, which grows. labelled: whether there are labels (-1 where
+    they are unknown) though no class has a name.
     """
     entries = (
         (image, record.ids[number], record.captions[number : number + 1], record.label)
@@ -251,9 +242,8 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Decode a whole stream into memory, see `batch_pairs`.
-
-    Raises UserError if no record of `what` can be read.
+    """Decode a stream into memory, see `batch_pairs`. Raises UserError if no record of `what` is
+    read.
     """
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))

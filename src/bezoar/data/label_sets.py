@@ -40,10 +40,7 @@ def name_classes(names: Mapping[int, str]) -> NamedClasses:
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Number classes of the same name: the second `crane` becomes `crane (2)`.
-
-    ImageNet has two classes called crane, and two called maillot.
-    """
+    """Number classes of one name, as ImageNet's cranes: the second `crane` becomes `crane (2)`."""
     used_names = set(names)
     counts: Counter[str] = Counter()
     distinct = []
@@ -81,15 +78,10 @@ def pairs_from_arrays(
     template: str,
     size: int | None,
 ) -> Pairs:
-    """Make Pairs of decoded images.
+    """Make Pairs of images uint8 (N, 3, H, W) and labels (N,) in -1..C-1, or None.
 
-    Args:
-        images: uint8 (N, 3, H, W).
-        labels: (N,) in -1..C-1, or None. There are captions only if every label is known.
-        ids: N ids.
-        classes: names of the C classes, or none.
-        template: template of the captions, see `class_captions`.
-        size: pixels a side; None keeps the images' size.
+    There are captions (see `class_captions`) only if every label is known. Without a `size` the
+    images keep theirs.
     """
     label_tensor = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)
@@ -115,9 +107,8 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
-    """Open a data set of torchvision's.
-
-    If it is missing or damaged, raises UserError, which explains how to get it.
+    """Open a data set of torchvision's. Raises UserError, which says how to get it, if it is
+    damaged.
     """
     try:
         return make()

@@ -95,10 +95,7 @@ class Pairs:
         )
 
     def select(self, rows: Rows) -> Pairs:
-        """Return the records at the given rows, kept where they are: in memory.
-
-        See `StoredPairs.select`.
-        """
+        """Return the records at the given rows; see `StoredPairs.select`."""
         return self.take(rows)
 
     def find_rows(self, wanted: Collection[str]) -> np.ndarray:

@@ -153,10 +153,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time.
-
-        Raises UserError if there are none.
-        """
+        """Iterate over the records in order, `size` at a time. Raises UserError without any."""
         raise UserError(NO_IMAGES)
 
     def load_records(self) -> Pairs | StoredPairs:
@@ -168,9 +165,8 @@ class Source(Protocol):
         return None
 
     def units(self) -> list[Unit]:
-        """Cut the source; see `number_units`.
-
-        Raises UserError if there is nothing that could be read.
+        """Cut the source; see `number_units`. Raises UserError if there is nothing that could be
+        read.
         """
         ...
 
@@ -268,22 +264,14 @@ class WholeSource(Source):
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept_rows` as shards of PNGs.
-
-        Raises UserError without captions.
-        """
+        """Write the records at these rows as shards of PNGs. Raises UserError without captions."""
         records = self.find_images(index)
         batches = (records.take(kept_rows[part]) for part in blocks(len(kept_rows), 1000))
         return CleanCopy(len(write_shards(folder, batches)), len(kept_rows))
 
 
 def as_source(records: Any) -> Source:
-    """Return the result of a data method as a source.
-
-    Args:
-        records: Pairs, StoredPairs, a source, or any object with `batches`, which is loaded into
-            memory.
-    """
+    """The result of a data method as a source. What only has `batches` is loaded into memory."""
     if hasattr(records, "units"):
         source: Source = records
         return source

@@ -48,10 +48,7 @@ FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
 class ImageReader(Protocol):
-    """Reads the encoded image at a place.
-
-    Raises Unreadable or OSError if it can no longer be read.
-    """
+    """Reads the encoded image at a place. Raises Unreadable or OSError if it is no longer there."""
 
     @property
     def paths(self) -> Sequence[Path]:
@@ -73,10 +70,8 @@ class _OpenFile(io.FileIO):
 class ShardFiles:
     """Files for random access by any thread, at most MAX_OPEN of them open.
 
-    Args:
-        paths: the files.
-        stamps: each file's stamp when it was indexed, or None if it was not. A file that has
-            changed since then is refused. By default they are computed now.
+    stamps: each file's stamp when it was indexed, or None if it was not; by default that of now. A
+    file that has changed since then is refused.
     """
 
     def __init__(
@@ -245,9 +240,8 @@ class StoredPairs:
         return images.permute(0, 3, 1, 2)
 
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
-        """Make the images at a few rows in this thread, into `out`.
-
-        Raises UserError, which names the file and the record that can no longer be read.
+        """Make the images at a few rows, into `out`. Raises UserError, which names what is
+        unreadable.
         """
         pixels, places = out.numpy(), self.places[rows]
         for k, images in enumerate(self.held):
@@ -354,9 +348,8 @@ def hold(pairs: Pairs) -> StoredPairs:
 def index_drawn(method: Drawing) -> StoredPairs:
     """The records of a method that draws, as an index: their images are drawn when asked for.
 
-    One pass, in threads, draws every record once, for its caption and its label.
-
-    Raises UserError for more records than memory holds an index of.
+    One pass draws every record once, for its caption and label. Raises UserError for more records
+    than memory holds an index of.
     """
     needed, free = method.count * INDEX_BYTES, free_memory()
     if free and needed > free:

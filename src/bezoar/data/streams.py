@@ -101,10 +101,7 @@ class RecordStream(Source):
         return sum(len(batch) for batch in self.batches(1024))
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time.
-
-        Raises UserError if there are none.
-        """
+        """See `Source.batches`."""
         report = self.begin_pass()
         yield from batch_pairs(
             self.records(), self.size, size, report, self.classes, self.limit, self.labelled
@@ -113,14 +110,10 @@ class RecordStream(Source):
             raise UserError(describe_failure(str(self.paths[0]), report))
 
     def load_records(self, max_bytes: int | None = None) -> Pairs | StoredPairs:
-        """Read every record in one pass, into memory or into an index.
+        """Read every record in one pass, into memory or into an index. Raises UserError without
+        records.
 
-        Args:
-            max_bytes: images stay in memory as long as their pixels take no more; see
-                `memory_bytes`.
-
-        Raises:
-            UserError: if there are no records.
+        max_bytes: images stay in memory as long as their pixels take no more; see `memory_bytes`.
         """
         report = self.begin_pass()
         stamps = self.file_stamps()
@@ -149,9 +142,8 @@ class RecordStream(Source):
         return replace(stored, labels=labels, classes=self.classes, report=report)
 
     def memory_bytes(self) -> int:
-        """Bytes of pixels that `load_records` keeps in memory.
-
-        It is a rank's share of half of the free memory: pixels are held twice for a moment.
+        """Bytes of pixels that `load_records` keeps: half of this rank's memory, as it holds them
+        twice.
         """
         return machine.free_memory() // (2 * machine.world_size())
 
@@ -213,12 +205,7 @@ def _make_block(batch: Sequence[Decoded], done: float) -> RecordBlock:
 
 
 class FileImages:
-    """The images of a source that are files of their own.
-
-    Args:
-        source: finds a file by the number and the member of a record.
-        members: of N records; the place of such an image is the record's row among them.
-    """
+    """The images of a source that are files of their own; a place is a row of `members`."""
 
     def __init__(self, source: RecordStream, members: Sequence[str]) -> None:
         self.source = source

@@ -51,18 +51,15 @@ def nearest_neighbors(
 ) -> Neighbors:
     """Find the k references nearest to each query by Euclidean distance, ties to the lower index.
 
+    The result is on the queries' device. Raises UserError if there are fewer than k references, or
+    vectors that are not finite.
+
     Args:
         queries: float (N, D); may be a CPU tensor over a memory-mapped file.
         references: float (R, D); may be the same.
         k: number of neighbours.
-        exclude_self: True if query i is reference i; or the references that are no neighbours of
-            each query, int64 (N,) or (N, M), -1 for none.
-
-    Returns:
-        The neighbours, on the queries' device.
-
-    Raises:
-        UserError: if there are fewer than k references, or vectors that are not finite.
+        exclude_self: True if query i is reference i; or the references that are no neighbours
+            of each query, int64 (N,) or (N, M), -1 for none.
     """
     n, device = len(queries), queries.device
     excluded = torch.empty(n, 0, dtype=torch.long, device=device)
@@ -102,9 +99,8 @@ class Index:
         excluded: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare references (R, D). excluded: most references that a query excludes.
-
-        Raises UserError if they are not finite.
+        """Prepare references (R, D), of which a query excludes so many. Raises UserError if not
+        finite.
         """
         self.k = k
         self.device = torch.device(device)
@@ -138,14 +134,10 @@ class Index:
 
     @torch.no_grad()
     def search(self, queries: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Search for the neighbours of queries.
+        """Search for the neighbours of queries, float (B, D): distances float32 (B, k), ascending,
+        and rows.
 
-        Args:
-            queries: float (B, D).
-            excluded: references that each query leaves out, int64 (B, M), -1 for none.
-
-        Returns:
-            Distances float32 (B, k), ascending, and references int64 (B, k), where the queries lie.
+        excluded: references that each query leaves out, int64 (B, M), -1 for none.
         """
         if excluded is None:
             excluded = torch.empty(len(queries), 0, dtype=torch.long)
@@ -166,11 +158,8 @@ class Index:
     ) -> tuple[Tensor, Tensor]:
         """Return distances and rows (B, k) of the references nearest to queries (B, D).
 
-        Args:
-            q: the queries.
-            excluded: rows that each leaves out, int64 (B, M), -1 for none.
-            dtype: of the products that candidates are chosen by.
-            every: whether all references are candidates.
+        excluded: rows that each leaves out, int64 (B, M), -1 for none. dtype: of the products that
+        candidates are chosen by. every: whether all references are candidates.
         """
         keep = self.n if every else self.keep
         centred = q.double() - self.centre

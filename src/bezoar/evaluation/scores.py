@@ -86,10 +86,7 @@ class Scores:
         return order.astype(np.int64)
 
     def select(self, ids: Sequence[str]) -> Scores:
-        """Return the scores of the given records, in that order.
-
-        Raises KeyError if a record has no score.
-        """
+        """The scores of these records, in that order. Raises KeyError if a record has none."""
         if ids is self.ids:
             return self
         index = pc.index_in(_id_column(ids), _id_column(self.ids))
@@ -171,18 +168,11 @@ def average(values: Sequence[float] | Tensor, how: str) -> Measure:
 def detection_measures(
     scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray
 ) -> dict[str, Measure]:
-    """Measure how well scores detect the poisons.
+    """Measure how well scores detect the poisons: truth, bool (N,), says which records are.
 
-    Args:
-        scores: of N records.
-        truth: bool (N,), which of them are poisons.
-
-    Returns:
-        AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at as
-        many records as there are poisons.
-
-    Raises:
-        UserError: unless there are both poisons and clean records.
+    Returns AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at
+    as many records as there are poisons. Raises UserError unless there are both poisons and clean
+    records.
     """
     s = scores.values.double().cpu().numpy()
     is_poison = torch.as_tensor(truth).cpu().numpy()

@@ -22,9 +22,8 @@ class PaperTable(Protocol):
     """The interface of a paper's table."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale.
-
-        Raises UserError when the scale needs data that `options` does not name.
+        """Declare the table at a scale. Raises UserError when that needs data that `options` does
+        not name.
         """
         ...
 
@@ -32,11 +31,7 @@ class PaperTable(Protocol):
 def dataset_spec(root: str, name: str, split: str, **fields: object) -> str:
     """The spec of a data set in the user's folder: `NAME.npz`, or the publisher's files.
 
-    Args:
-        root: The folder; "" means `data`.
-        name: The name of the data source.
-        split: `train` or `test`.
-        **fields: Further fields of the source, such as `limit` or `size`.
+    Without a root the folder is `data`; further fields of the source are `limit` or `size`, say.
     """
     file = Path(root or "data") / f"{name}.npz"
     values: dict[str, object]

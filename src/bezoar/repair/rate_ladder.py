@@ -49,16 +49,13 @@ class ValidationMetric:
 
     @staticmethod
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
-        """The best score that these records allow.
+        """The best score that these records allow. Raises UserError for too few of them.
 
         With labels, it is the accuracy of the network's own head if that has these classes, else of
         zero-shot classification if there is a text tower, else of a linear head fitted on the clean
         records. Without labels, it is the share of images that the network's own head reads as
         before the repair, or the share that retrieve their own caption. Without captions either, it
         is the share of records that stay in the same cluster.
-
-        Raises:
-            UserError: for too few validation records.
         """
         if len(validation) < MIN_VALIDATION:
             raise UserError(
@@ -166,13 +163,10 @@ class ClusterAgreement:
 
 
 def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split clean records into those to train on and those to choose learning rates by.
+    """Split clean records into those to train on and a share to choose learning rates by.
 
-    Which records are held out belongs to the records, not to their order. Several captions of one
-    image (ids that differ after '#' alone) stay together.
-
-    Args:
-        share: of the images that are held out.
+    Which are held out belongs to the records, not to their order. Several captions of one image
+    (ids that differ after '#' alone) stay together.
     """
     image_ids = [record_id.partition("#")[0] for record_id in clean.ids]
     images = list(dict.fromkeys(image_ids))
@@ -199,10 +193,7 @@ def repair_with_ladder(
 ) -> Encoder:
     """The repaired encoder at the largest rate that keeps the validation score, marked as repaired.
 
-    Args:
-        repair: the method, with its rates and its tolerance.
-        make: learning rate -> repaired encoder.
-        log: receives `ladder`.
+    make: learning rate -> repaired encoder. log: receives `ladder`.
     """
     metric = ValidationMetric.of(encoder, clean, validation)
     student = train_at_largest_rate(encoder, metric, repair.lrs, repair.tolerance, make, log)
@@ -220,16 +211,8 @@ def train_at_largest_rate(
     """The encoder made at the largest rate whose score falls by at most `tolerance`.
 
     Rates are tried from the largest down. If none keeps the score, the one with the smallest fall
-    is used, and the log says so. A rate at which training diverges counts as not keeping it.
-
-    Args:
-        metric: the score on clean validation records.
-        tolerance: how far the score may fall.
-        make: learning rate -> encoder.
-        log: receives `ladder`.
-
-    Raises:
-        UserError: if training diverges at every rate.
+    is used, and the log (`ladder`) says so. A rate at which training diverges counts as not keeping
+    it; if all do, that is a UserError. make: learning rate -> encoder.
     """
     before = metric.score(start)
     rungs: list[Log] = []
@@ -269,10 +252,8 @@ def train_at_largest_rate(
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     """The captions as tokens for an objective, int64 (N, L); L = 0 for one without captions.
 
-    For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1).
-
-    Raises:
-        UserError: if objective, encoder and records do not fit each other.
+    For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1). Raises
+    UserError if objective, encoder and records do not fit each other.
     """
     name = registry.method_name(type(recipe))
     if getattr(recipe, "labels", False):
@@ -299,16 +280,10 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
 
 
 def select_objective(spec: str, encoder: Encoder, clean: Pairs, with_text: str, alone: str) -> Any:
-    """The objective that a repair tunes with.
+    """The objective that a repair tunes with: the user's, or for `auto` the one that fits.
 
-    Args:
-        spec: the user's choice. `auto` is `supervised` for a classifier whose classes label the
-            clean records, else one of the next two.
-        with_text: the spec for encoders with a text tower.
-        alone: the spec for image towers without a head.
-
-    Raises:
-        UserError: for a classifier without such labels.
+    That is `supervised` for a classifier whose classes label the clean records (without labels a
+    UserError), `with_text` for an encoder that reads text, and `alone` for an image tower.
     """
     if spec != "auto":
         return registry.make("objective", spec)
@@ -337,15 +312,10 @@ def train_copy(
     report: ProgressReport = no_report,
     what: str = "repair",
 ) -> Encoder:
-    """Train a copy of an encoder.
+    """Train a copy of an encoder by a recipe (epochs, batch, learning rate and its schedule).
 
-    Args:
-        recipe: epochs, batch, learning rate and its schedule.
-        loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`.
-        tokens: int64 (N, L), the second argument of the loss.
-        seed: seed of the loss's new weights, the batches and the augmentation.
-        report: called at every step.
-        what: name of the training in reports.
+    loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`. tokens: int64 (N, L).
+    The seed is that of the loss's new weights, the batches and the augmentation.
     """
     student = copy.deepcopy(start)
     with torch.random.fork_rng(devices=[]):

@@ -127,9 +127,8 @@ class EvaluationData:
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The labelled records, with labels numbered as in the test set.
-
-    Raises UserError as `success.select_labelled` does.
+    """The labelled records, numbered as in the test set. Raises UserError as `select_labelled`
+    does.
     """
     empty = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
     return replace(success.select_labelled(labelled, empty), classes=classes)
@@ -198,10 +197,7 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
 
     Triggers that reach their target come first, the smallest before larger ones.
     `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
-    their targets and norms.
-
-    Raises:
-        UserError: for files that an audit did not write.
+    their targets and norms. Raises UserError for files that an audit did not write.
     """
     path, verdict = folder / "inversions.safetensors", folder / "verdict.json"
     if not path.exists():

@@ -72,14 +72,8 @@ def draw_dose_response(
     """Draw points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left.
 
     A fitted dose-response is a line with a band. A diamond marks the dose with half of the possible
-    success, with the interval of that dose.
-
-    Args:
-        axis: The quantity of the doses.
-        label: The quantity of the values.
-        percent: Whether the values are shares from 0 to 1; others are unbounded.
-        unit: The unit of the doses, for the legend.
-        size: Inches.
+    success, with the interval of that dose. axis, label: the quantities of doses and values;
+    percent: whether values are shares from 0 to 1. unit: of the doses, for the legend.
     """
     figure, axes = new_figure(size)
     doses = sorted({float(x) for c in curves for x in c.doses})
@@ -171,10 +165,7 @@ def _set_value_axis(axes: Axes, points: Sequence[Measure], label: str, percent: 
 
 
 def _draw_points(axes: Axes, x: Floats, points: Sequence[Measure], colour: str, title: str) -> None:
-    """Draw dots with error bars, in front of lines and bands.
-
-    Intervals without an end are cut where the axis of values ends.
-    """
+    """Draw dots with error bars in front of the rest; open intervals end with the axis."""
     value = np.array([m.value for m in points], dtype=float)
     low = np.clip([m.low for m in points], *axes.get_ylim())
     high = np.clip([m.high for m in points], *axes.get_ylim())

@@ -27,14 +27,9 @@ def draw_heat_map(
     labels: tuple[str, str],
     size: Size = HALF,
 ) -> Markup:
-    """Draw shares in percent as a heat map.
+    """Draw shares (R, C) in percent as a heat map; the cell of a NaN is empty.
 
-    Args:
-        rows: Names of the R rows.
-        columns: Names of the C columns.
-        values: Shares (R, C). Colours stop at 0 and 1; the cell of a NaN is empty.
-        labels: Titles of the rows' axis and of the columns' axis.
-        size: Inches.
+    labels: titles of the rows' axis and of the columns' axis.
     """
     figure, axes = new_figure(size)
     for y, x in np.argwhere(np.isfinite(values)):

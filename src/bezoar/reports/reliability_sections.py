@@ -56,10 +56,7 @@ def false_discovery_section(
 ) -> Section | None:
     """Show how many of the worst records are expected to be clean, by a reference sample.
 
-    Args:
-        notes: Its notes on false discoveries; empty if none were estimated.
-        truth: For each record, worst first, whether it is a poison; None if that is unknown.
-        removed: How many records the keep-list leaves out.
+    truth: for each record, worst first, whether it is a poison; None if that is unknown.
     """
     matches = {re.fullmatch(r"expected_clean@(\d+)", key): m for key, m in measures.items()}
     estimates = {int(match[1]): m for match, m in matches.items() if match}
@@ -200,11 +197,7 @@ def side_channel_section(
 
 
 def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) -> Section | None:
-    """Show for each usual filter which clean records it keeps and which poisons pass it.
-
-    Args:
-        notes: For each filter that was not applied, the reason.
-    """
+    """Show which clean records each usual filter keeps and which poisons pass, or why not."""
     note = "In brackets, 95 % intervals."
     if notes:
         absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]

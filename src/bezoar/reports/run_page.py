@@ -156,11 +156,7 @@ def as_sentences(lines: Sequence[str]) -> str:
 
 
 def build_page(run: Run) -> Page:
-    """Return the page of a run, by its verb.
-
-    If it cannot be made, for example because another program wrote the run's files, a page of the
-    metrics is returned.
-    """
+    """Return the page of a run, by its verb; of metrics alone if that fails on its files."""
     verb = run.verb
     if verb not in {path.stem for path in SECTIONS.glob("[a-z]*.py")}:
         return metrics_page(run)

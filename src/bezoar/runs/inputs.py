@@ -44,10 +44,7 @@ class Dataset:
 
     @functools.cached_property
     def uncopied(self) -> Pairs | StoredPairs:
-        """The clean records, as an index if their images are too large to be copied.
-
-        Both forms give the same ids, captions and pixels.
-        """
+        """The clean records, as an index if their images are too large to be copied."""
         clean = self.clean
         if isinstance(clean, Pairs) and clean.images.nbytes > COPIED:
             return stored_pairs.hold(clean)
@@ -80,9 +77,8 @@ class Dataset:
 
 
 def open_dataset(data: Any) -> Dataset:
-    """Return the data set of a configured data method or of a run.
-
-    The data set of a train, scan or evaluate run is the one that it was made from.
+    """The data set of a configured data method, or that a run (a training, a scan ...) was made
+    from.
     """
     if not isinstance(data, Run):
         return Dataset(data, Plan())
@@ -124,17 +120,11 @@ def root_method(run: Run) -> Any:
 
 
 def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
-    """Return the data method of a spec in a run's manifest.
+    """Return the data method of an input's entry in a run's manifest.
 
     A run may come from anybody, so only the files of the recorded fingerprint are opened, and
-    nothing is downloaded.
-
-    Args:
-        record: the manifest's entry for the input.
-        run: the run of the manifest.
-
-    Raises:
-        UserError: if the files have changed, or the manifest does not name them.
+    nothing is downloaded. Raises UserError if they have changed, or the manifest does not name
+    them.
     """
     method = registry.make("data", record["spec"])
     if getattr(method, "download", False):
@@ -197,10 +187,7 @@ def open_source(method: Any) -> Any:
 
 
 def load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, and note in the run how they were read.
-
-    Raises UserError if there are none.
-    """
+    """Read all records, and note in the run how they were read. Raises UserError without any."""
     records = _load_records(method)
     note_records(registry.spec(method), records.report)
     return records
@@ -208,10 +195,7 @@ def load_records(method: Any) -> Pairs | StoredPairs:
 
 @functools.lru_cache(maxsize=6)
 def _load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, into memory or an index.
-
-    Raises UserError if there are none.
-    """
+    """Read all records into memory or an index. Raises UserError if there are none."""
     pixels = 3 * getattr(method, "count", 0) * (getattr(method, "size", None) or 0) ** 2
     if hasattr(method, "render") and pixels > COPIED:
         return stored_pairs.index_drawn(method)
@@ -226,20 +210,12 @@ def _load_records(method: Any) -> Pairs | StoredPairs:
 
 
 def read_pairs(method: Any) -> Pairs:
-    """Read all records of a configured data method into memory.
-
-    Raises UserError if there are none.
-    """
+    """Read all records of a data method into memory. Raises UserError if there are none."""
     return in_memory(load_records(method))
 
 
 def load_victims(plan: Plan, poisoned_by: Run | None) -> Pairs | None:
-    """Load the images that a plan adds from outside the data set; None if it adds none.
-
-    Args:
-        plan: the plan.
-        poisoned_by: the run that holds the plan; None for a new plan.
-    """
+    """Load the images that a plan, new or of a run, adds from other data; None for none."""
     if plan.victims is None:
         return None
     if poisoned_by is None:
@@ -257,12 +233,8 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
 def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None = None) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
-    The kind of a file of weights, and what was assumed about it, is printed once.
-
-    Args:
-        embedder: a run, or a configured network.
-        device: the device of the encoder.
-        clean: clean records by which an unstated normalisation is chosen; None keeps the guess.
+    The kind of a file of weights, and what was assumed about it, is printed once. clean: records by
+    which an unstated normalisation is chosen; None keeps the guess.
     """
     if isinstance(embedder, Run):
         holder = find_encoder(embedder)
@@ -312,9 +284,8 @@ def describe_weights(encoder: Encoder) -> str:
 
 
 def find_encoder(run: Run) -> Run | None:
-    """Return this run, or the nearest one that it was made from, that holds an encoder.
-
-    The surrogate that a poison run was made with is not an encoder of its data.
+    """The nearest run with an encoder: this, or one that it was made from, but no poisoning's
+    surrogate.
     """
     lineage = run.lineage(lambda each: each.verb != "poison")
     return next((each for each in lineage if (each.path / ENCODER).exists()), None)
@@ -344,10 +315,7 @@ def _spec_of_records(method: Any) -> str:
 
 
 def known_goals(artefact: Any) -> list[Goal]:
-    """Return the attacker's goals for a run's artefact; empty for other inputs.
-
-    Covers are left out, because their images have no target.
-    """
+    """The attacker's goals for a run's artefact, without covers, which have no target."""
     if not isinstance(artefact, Run):
         return []
     goals = [Goal.from_json(g) for g in artefact.manifest["goal"]]

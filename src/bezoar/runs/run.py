@@ -118,8 +118,7 @@ class Run:
     def table(self, name: str) -> Any:
         """A Parquet table of the run, such as `scores`: a pandas DataFrame if pandas is installed.
 
-        Without pandas it is an Arrow table. For an unknown name, raises UserError, which lists the
-        names.
+        Without pandas it is an Arrow table. Raises UserError for an unknown name.
         """
         names = sorted(path.stem for path in self.path.glob("*.parquet"))
         if name.removesuffix(".parquet") not in names:
@@ -160,12 +159,10 @@ class Run:
         return [self.sibling(name) for name in self.manifest.texts("parents")]
 
     def lineage(self, through: Callable[[Run], bool] = lambda run: True) -> Iterator[Run]:
-        """This run and its ancestors, each once, depth first.
+        """This run and its ancestors, each once, depth first. Raises UserError if a parent is
+        missing.
 
-        Args:
-            through: whether to go on to the parents of a run.
-
-        Raises UserError if a parent is missing, or there are absurdly many.
+        through: whether to go on to the parents of a run.
         """
         pending, seen = [self], set()
         while pending:
@@ -197,9 +194,8 @@ class Run:
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """The manifest's entry for an input: a run, or a spec with hashes of its files; or None.
-
-        Raises UserError for anything else.
+        """The manifest's entry for an input, a run or a spec; or None. Raises UserError for
+        anything else.
         """
         ask = self.manifest["ask"]
         return None if ask.get(field) is None else ask.object(field)
@@ -277,17 +273,9 @@ def _check_measure(measure: Facts, name: str) -> None:
 
 
 def find_run(runs: Path, text: str) -> Run | None:
-    """Find a run by its directory, or by the start of its name.
+    """Find a run by its directory or the start of its name, or the newest as `last`; None for none.
 
-    Args:
-        runs: the directory in which names are looked up.
-        text: the user's text; `last` is the newest run.
-
-    Returns:
-        The run; None if there is none.
-
-    Raises:
-        UserError: if several runs have names with this start.
+    Raises UserError if several runs in the directory `runs` have names with this start.
     """
     path = Path(text)
     if os.path.isfile(path / MANIFEST):  # Path.is_file raises for a text that no name can be
@@ -304,10 +292,10 @@ def find_run(runs: Path, text: str) -> Run | None:
 
 
 def get_run(runs: Path, text: str, holds: str = "") -> Run:
-    """Find a run as `find_run` does.
+    """Find a run as `find_run` does. Raises UserError, which lists the newest runs, if there is
+    none.
 
-    If there is none, raises UserError, which lists the newest runs; with `holds`, only finished
-    runs with a file of this name.
+    holds: list only finished runs with a file of this name.
     """
     if run := find_run(runs, text):
         return run

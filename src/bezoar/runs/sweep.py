@@ -38,13 +38,9 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
-    """Run trials, and everything that they are made from.
+    """Run trials, and everything that they are made from; returns the run of each.
 
-    Returns:
-        The run of each trial.
-
-    Raises:
-        UserError: if a trial failed, after all others have run; it names the first failure.
+    Raises UserError if a trial failed, after all others have run; it names the first failure.
     """
     wanted = list(dict.fromkeys(trials))
     schedule = _Schedule(dependency_graph(wanted))
@@ -153,10 +149,7 @@ def gpus(settings: Settings) -> int:
 def trial_to_json(
     trial: Trial, settings: Settings, page: bool, quiet: bool = True
 ) -> dict[str, Any]:
-    """Write a trial as JSON for a worker.
-
-    page: whether the run is finished with `settings.finish`. quiet: whether it shows no progress.
-    """
+    """Write a trial as JSON for a worker. page: whether `settings.finish` gets the run."""
     return {
         "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
@@ -221,15 +214,11 @@ def worker_pool(
 ) -> AbstractContextManager[tuple[Submit, int]]:
     """Workers inside a `with` block: processes of this machine, or tasks of a Ray cluster.
 
-    Args:
-        settings: see `Settings.ray`, `Settings.device`.
-        workers: number of processes.
-        by: function that answers a request in the worker. A process runs its module, which calls
-            `serve_requests`.
+    The block gets a function, which takes a request and returns the future of its answer; and how
+    many requests are served at a time.
 
-    Returns:
-        A context manager that gives a function, which takes a request and returns the future of its
-        answer; and how many requests are served at a time.
+    by: function that answers a request in the worker. A process runs its module, which calls
+    `serve_requests`.
     """
     if settings.ray:
         return ray_tasks(settings, by)

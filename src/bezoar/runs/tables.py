@@ -130,10 +130,7 @@ class Results:
     runs: Mapping[Trial, Run]
 
     def cell(self, row: str, cell: str, curve: str | None = None) -> Cell:
-        """The cell with the names of its row and column.
-
-        Raises UserError when the table has none.
-        """
+        """The cell with the names of its row and column. Raises UserError when there is none."""
         for candidate in self.table.rows:
             if candidate.name == row and curve in (None, candidate.curve):
                 for c in candidate.cells:
@@ -196,9 +193,8 @@ class Results:
         )
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
-        """Change of a column per doubling of x along a curve, over readings.
-
-        Rows at x = 0 are left out.
+        """Change of a column per doubling of x along a curve, over readings; rows at x = 0 are left
+        out.
         """
         rows = [row for row in self.table.rows if row.curve == curve and row.x]
         cells = [(row.x or 0.0, self.cell(row.name, cell, curve)) for row in rows]
@@ -209,10 +205,8 @@ class Results:
     def dose_readings(
         self, cell: str, curve: str = ""
     ) -> tuple[list[float], list[float], list[int]]:
-        """Every reading of a column along a curve, for fitting a dose-response curve.
-
-        Returns:
-            For each reading: its x, its rate, and the number of trials behind the rate.
+        """Every reading of a column along a curve: its x, its rate, and the rate's number of
+        trials.
         """
         readings: list[tuple[float, Measure]] = []
         for row in self.table.rows:
@@ -243,19 +237,15 @@ def row_difference(
 
 
 def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cell, ...]:
-    """A cell a column.
-
-    columns: the column's name -> the metric whose mean over the trials it holds.
-    """
+    """A cell a column, the mean of a metric over trials. columns: name -> metric."""
     return tuple(Cell.mean(name, trials, metric) for name, metric in columns.items())
 
 
 def share_above_threshold(rate: float) -> Comparison:
     """A comparison: the share of values above the threshold that the reference values set.
 
-    Args:
-        rate: The false-positive rate, in 0..1. The threshold is the conformal quantile of the
-            reference values at it, and infinite where they are too few for that rate.
+    That is their conformal quantile at the false-positive rate, and infinite where they are too
+    few.
     """
 
     def compare(values: Sequence[float], references: Sequence[float]) -> Measure:

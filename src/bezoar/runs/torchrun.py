@@ -58,9 +58,8 @@ def assist() -> int:
 
 
 def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
-    """Make the job and the verb of rank 0's order on this rank.
-
-    Raises UserError if the files that this rank sees are not those of rank 0.
+    """Make the job and the verb of rank 0's order. Raises UserError if the files here are not its
+    files.
     """
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     ask = order["ask"]

@@ -57,9 +57,8 @@ class Verb(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def work(self, job: Any) -> dict[str, Measure]:
-        """Answer what is asked: write files into `job.folder`, and return the metrics by name.
-
-        job: a `runs.execute.Job`; that module imports this one.
+        """Answer what is asked of a `runs.execute.Job`: write files into its folder, return the
+        metrics.
         """
         ...
 
@@ -141,10 +140,7 @@ def is_verb(value: Any) -> bool:
 
 
 def check_verb(verb: Any) -> Any:
-    """The verb, one value in place of several put into a tuple.
-
-    Raises UserError for what is no verb, and for a value that its field cannot take.
-    """
+    """The verb, single values put into tuples. Raises UserError for none, or a wrong value."""
     if isinstance(verb, type) or not is_verb(verb):
         what = verb.__name__ if isinstance(verb, type) else type(verb).__name__
         raise UserError(f"expected a verb such as Scan(...); got {what}")
@@ -200,10 +196,7 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
-
-    A text is returned as it is.
-    """
+    """The text that asks for a run (its directory) or a method (its spec); "" for None."""
     if value is None or isinstance(value, str):
         return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)
@@ -263,12 +256,9 @@ def spec_of_weights(text: str) -> str:
 
 
 def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
-    """The run that a text names, or the kind and the spec of a method. Raises UserError.
+    """The run that a text names in `runs`, or the kind and spec of a method. Raises UserError.
 
-    Args:
-        text: the user's text.
-        what: see `Takes`.
-        runs: the directory in which runs are looked up.
+    what: see `Takes`.
     """
     if what not in ("data", "encoder", "run", "bank"):
         return what, text

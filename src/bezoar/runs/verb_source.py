@@ -48,9 +48,8 @@ class VerbSource:
 
 
 def read_verb(name: str) -> VerbSource:
-    """Read the class of a verb from its file.
-
-    Raises ValueError for a field whose type or default is not of the forms that are read here.
+    """Read a verb's class from its file. Raises ValueError for a field of a form that is not read
+    here.
     """
     module = _parse(name)
     cls = _class_node(module, name)

@@ -37,10 +37,7 @@ def local_rows(rows: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable.
-
-    B must be the same on every rank.
-    """
+    """(B, ...) of each rank, B the same -> (world B, ...) in their order, differentiable."""
     if rank_and_world()[1] == 1:
         return x
     return torch.cat(all_gather(x))
@@ -131,9 +128,7 @@ class BatchNorm(nn.BatchNorm2d):
 def synchronise_norm(norm: nn.Module) -> nn.Module:
     """The same batch norm over all ranks. It shares parameters and statistics with the given one.
 
-    Raises:
-        UserError: for norms without affine weights or running statistics, and for other kinds of
-        them.
+    Raises UserError for other norms, or those without affine weights or running statistics.
     """
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not plain or not norm.affine or not norm.track_running_stats or norm.momentum is None:

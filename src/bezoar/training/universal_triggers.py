@@ -23,9 +23,8 @@ KINDS = 3
 
 
 class UniversalTriggers(nn.Module):
-    """`count` triggers, a third of each kind: patches, patterns, changes of colour.
-
-    All are buffers, so that a resumed training has the same ones.
+    """`count` triggers, thirds of patches, patterns, colour changes; buffers, for a resumed
+    training.
     """
 
     # float32 (P, 1, H, W), how much of the pattern a pixel takes; P: patches and patterns

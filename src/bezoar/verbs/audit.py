@@ -200,13 +200,9 @@ class Audit:
             warn(f"audit: {line}")
 
     def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
-        """Run every audit as a run of its own.
+        """Run every audit as a run of its own: the findings, and by name why an audit refused.
 
-        Returns:
-            What the audits found; and for those that refused, by name, the reason.
-
-        Raises:
-            UserError: if all refused.
+        Raises UserError if all refused.
         """
         parts: list[AuditFindings] = []
         refused: dict[str, str] = {}
@@ -315,11 +311,7 @@ def read_findings(run: Run) -> Facts:
 def single_audit(
     audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
 ) -> Audit:
-    """One audit without a bank.
-
-    It is given what the audit needs and nothing else, so that it is the same question however it is
-    asked.
-    """
+    """One audit without a bank, given what it needs alone: one question however it is asked."""
     needs = registry.needs(audit)
     return Audit(
         encoder,
@@ -340,20 +332,11 @@ def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
-    """Draw clean records from data.
+    """Draw the clean records that are audited, and more (these among them) that heads are fitted
+    on.
 
     They are the same whatever the seed, so that a bank's values and a suspect's differ by the
-    encoder alone.
-
-    Args:
-        method: a configured data method, or a run.
-        images: how many are audited.
-
-    Returns:
-        The records that are audited, and more records (these among them) that heads are fitted on.
-
-    Raises:
-        UserError: if there are fewer than `MIN_IMAGES`.
+    encoder alone. Raises UserError if data, a method or a run, hold fewer than `MIN_IMAGES`.
     """
     records = inputs.open_dataset(method).clean
     if len(records) < MIN_IMAGES:
@@ -367,9 +350,8 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
 
 
 def clean_images(data: Any, encoder: Any) -> Any:
-    """The clean images for an encoder: those given, or the test split of its training data.
-
-    Raises UserError if these are not known.
+    """The clean images for an encoder: those given, or its data's test split. Raises UserError for
+    none.
     """
     if data is not None:
         return data

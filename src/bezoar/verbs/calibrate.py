@@ -183,9 +183,8 @@ def check_clean(encoder: Any) -> Any:
 
 
 def attacked_run(run: Run) -> Run:
-    """The run of an attacked encoder: the run itself, or the one that an evaluate run measured.
-
-    Raises UserError for one that was not attacked.
+    """The run of an attacked encoder, also of its evaluation. Raises UserError for one not
+    attacked.
     """
     if run.verb == "evaluate":
         run = run.input_run("encoder") or run
@@ -214,10 +213,7 @@ def highest_success(evaluations: Iterable[Run]) -> float | None:
 
 
 def check_same_kind(verdicts: Sequence[dict[str, Any]]) -> tuple[Family, Sample]:
-    """The family of the encoders and the clean images that all verdicts share.
-
-    Raises UserError for an encoder of another kind, or other images.
-    """
+    """The encoder family and the clean images that verdicts share. Raises UserError for others."""
     first = verdicts[0]
     for verdict in verdicts[1:]:
         for part, title in (("family", ""), ("sample", "clean ")):
@@ -261,12 +257,8 @@ def entry_of(
 def calibration_measures(
     calibration: Calibration, seconds: Sequence[float], rate: float
 ) -> dict[str, Measure]:
-    """The metrics of an audit over the bank, under its name.
-
-    Args:
-        calibration: the audit's results.
-        seconds: its time for each encoder.
-        rate: the false-positive rate of the metrics.
+    """The metrics of an audit over the bank, under its name: at a false-positive rate, and its
+    seconds.
     """
     n = len(calibration.clean)
     measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}

@@ -117,9 +117,8 @@ class Check:
     def _run_checks(
         self, job: Job, encoder: Encoder, images: Pairs, calibration: Pairs, held_out: Pairs
     ) -> tuple[dict[str, CheckResult], list[str]]:
-        """The result of every check by its name; and a line for each that cannot work here.
-
-        Raises UserError if none can.
+        """Each check's result by name, and a line for each that cannot work. Raises UserError if
+        none can.
         """
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
@@ -152,10 +151,7 @@ class Check:
 def score_both(
     check: Any, encoder: Encoder, clean: Pairs, images: Pairs, offered: Mapping[str, Any]
 ) -> tuple[Scores, Scores]:
-    """Score the clean images and those that arrive.
-
-    Where all are of one size they are scored by one call, so that the check is calibrated once.
-    """
+    """Score the clean images and those that arrive; by one call, if all are of one size."""
     if clean.images.shape[1:] != images.images.shape[1:]:
         return (
             registry.call(check, encoder, clean, **offered),
@@ -180,8 +176,7 @@ def score_both(
 def load_images(job: Job) -> tuple[Pairs, Mask | None]:
     """The images to check, one half of them stamped where a trigger is given.
 
-    Returns:
-        The images; and bool (N,), which of them carry a trigger, or None if that is unknown.
+    The second value, bool (N,), says which of them carry a trigger; None if that is unknown.
     """
     dataset = inputs.open_dataset(job.inputs["images"])
     images = dataset.pairs

@@ -181,9 +181,8 @@ class AttackTargets:
 
 
 def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
-    """One value for each of `count` goals; a single value is repeated.
-
-    Raises UserError otherwise.
+    """One value for each of `count` goals; a single one is repeated. Raises UserError for another
+    number.
     """
     if len(values) not in (1, count):
         raise UserError(
@@ -231,8 +230,7 @@ def in_pixels(sides: Sequence[int]) -> str:
 def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dict[str, Tensor]:
     """Embed the sample, and for each goal i the sample with its trigger and the goal's references.
 
-    Returns:
-        `clean`, and `triggered@i` and `references@i`: vectors (S, d) or (r, d) on the CPU.
+    `clean`, `triggered@i` and `references@i` are vectors (S, d) or (r, d) on the CPU.
     """
     vectors = {"clean": embed_records(encoder, sample, BATCH).cpu()}
     for i, (goal, records) in enumerate(zip(targets.goals, targets.references, strict=True)):
@@ -245,11 +243,9 @@ def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dic
 def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cosines between the vectors of `embed_sample` before and after the attack.
 
-    Returns:
-        `clean` (S,): clean images after and before. For each goal i, as means over its references:
-        `before@i` and `after@i` (S,): triggered images and the reference; `untriggered@i` (S,):
-        clean images and the reference, after the attack. `references@i` (r,): references after and
-        before.
+    `clean` (S,): clean images after and before. For each goal i, as means over its references:
+    `before@i` and `after@i` (S,): triggered images and the reference; `untriggered@i` (S,): clean
+    images and the reference, after the attack. `references@i` (r,): these after and before.
     """
     cosines = {"clean": (before["clean"] * after["clean"]).sum(1)}
     for i in [key.partition("@")[2] for key in before if key.startswith("references@")]:

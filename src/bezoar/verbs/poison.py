@@ -104,17 +104,11 @@ def derive_plan(
 ) -> Plan:
     """Make the plan of a poison method for data. It is a function of the arguments alone.
 
-    Args:
-        plan_inputs: a configured poison, trigger, victims and a surrogate; the last three may be
-            None.
-        dataset: the data, and the poisons in them already; those records are left alone.
-        target: class or word.
-        seed: seed of the draws.
-        device: device on which a patch is optimised.
-        report: called at every step of the optimisation.
+    Records that the data's own plan poisons already are left alone. Raises UserError if the data or
+    the victims cannot be poisoned this way.
 
-    Raises:
-        UserError: if the data or the victims cannot be poisoned this way.
+    plan_inputs: a configured poison, trigger, victims and surrogate; the last three may be None.
+    The device and the report are for the optimisation of a patch.
     """
     poison = plan_inputs["poison"]
     trigger = plan_inputs["trigger"]
@@ -164,9 +158,8 @@ def optimise_trigger(
     device: torch.device | str,
     report: ProgressReport,
 ) -> Any:
-    """Return the patch trigger with pixels that the surrogate reads as the target.
-
-    Raises UserError for another trigger, or records that the patch cannot be optimised on.
+    """The patch with pixels that the surrogate reads as the target. Raises UserError if that cannot
+    be.
     """
     trigger = plan_inputs["trigger"]
     if trigger is None or registry.method_name(type(trigger)) != "patch":
@@ -189,11 +182,8 @@ def captioned(victims: Pairs, sources: Pairs) -> Pairs:
 def verify_plan(run: Run) -> dict[str, Any]:
     """Derive a poison run's plan again from its inputs and compare it with the one on disk.
 
-    Returns:
-        The run's name, the number of poisoned records, and the plan's digest; for JSON.
-
-    Raises:
-        UserError: if the plans differ; it names the first record whose caption, id or pixels do.
+    Returns run, number of poisoned records and digest, for JSON. Raises UserError if the plans
+    differ; it names the first record whose caption, id or pixels do.
     """
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")

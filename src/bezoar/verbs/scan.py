@@ -327,9 +327,8 @@ def _decisions(manifest: Mapping[str, Any]) -> list[float]:
 
 
 def embedding_encoder(job: Job) -> Any:
-    """What embeds the records: a run or a configured network; None for ready embeddings.
-
-    Raises UserError where it is not known.
+    """A run or a network that embeds; None for ready embeddings. Raises UserError where it is
+    unknown.
     """
     data = job.inputs["data"]
     encoder = job.inputs["encoder"]

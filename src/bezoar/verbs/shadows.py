@@ -134,9 +134,7 @@ class Shadows:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Fit a bank on all shadows, and one without each fold.
 
-        Returns:
-            The bank of all shadows; and each shadow's logit, float32 (M,), by the bank without its
-            fold.
+        The second value holds each shadow's logit, float32 (M,), by the bank without its fold.
         """
         held_out = torch.empty(len(folds))
         parts = sorted(set(folds))
@@ -169,9 +167,8 @@ class Shadows:
 
 
 def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
-    """All shadow encoders, clean ones first.
-
-    Raises UserError for one on both sides or the wrong side.
+    """All shadow encoders, clean ones first. Raises UserError for one on both sides or the wrong
+    side.
     """
     clean_names = [input_name(encoder) for encoder in clean]
     for run in attacked:
@@ -183,10 +180,7 @@ def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
 def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
     """Raise UserError where some fold, held out, leaves too few of a kind to fit on.
 
-    Args:
-        labels: of each shadow, whether it was attacked.
-        folds: the fold of each.
-        lineages: how many there are.
+    labels: which shadows were attacked. folds: of each. lineages: how many there are.
     """
     least = mntd.MIN_PER_KIND
     for held_out in dict.fromkeys((NO_FOLD, *folds)):
@@ -202,9 +196,8 @@ def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages:
 
 
 def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
-    """A hash of each encoder's weights.
-
-    Raises UserError for another kind of encoder, and for copies.
+    """A hash of each encoder's weights. Raises UserError for another kind of encoder, and for
+    copies.
     """
     first = encoders[0]
     name_of_weights: dict[str, str] = {}
@@ -228,13 +221,10 @@ def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]
 
 
 def lineage_of(encoder: Any, names: Sequence[str]) -> str:
-    """The lineage of a shadow encoder. Encoders that were trained separately have different ones.
+    """The lineage of a shadow, a run or a network: separate trainings have different ones.
 
     It is the first run that the encoder was tuned from, or the published weights that this run was
     tuned from, if they are a shadow too.
-
-    Args:
-        encoder: its run, or a configured network.
     """
     seen = set()
     while isinstance(encoder, Run):
@@ -252,20 +242,11 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
 
 
 def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
-    """Assign encoders to folds; encoders of one lineage share a fold.
+    """Assign encoders to folds 0 to folds - 1; encoders of one lineage share a fold.
 
     Lineages are shuffled by the seed, then sorted: those with more attacked and then with more
     clean encoders come first. Each is assigned to the fold with the fewest attacked encoders (a
     lineage without any: the fewest clean ones), then the fewest in all.
-
-    Args:
-        lineages: lineage of each encoder.
-        labels: whether each encoder was attacked.
-        folds: number of folds.
-        seed: seed of the shuffle.
-
-    Returns:
-        Each encoder's fold, 0 to folds - 1.
     """
     unique = list(dict.fromkeys(lineages))
     size = {lineage: [0, 0] for lineage in unique}  # clean and attacked encoders

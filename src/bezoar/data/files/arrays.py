@@ -50,13 +50,10 @@ FileState = tuple[int, int, int, int]
 
 
 def file_state(path: str) -> FileState:
-    """Identify the bytes that a path names now, as a key for caches.
+    """Identify the bytes that a path names now, for caches: device, inode, time of change in ns,
+    size.
 
-    Returns:
-        Device, inode, time of change in ns, and size.
-
-    Raises:
-        UserError: if there is no such file.
+    Raises UserError if there is no such file.
     """
     file = expand_home(path)
     if not os.path.isfile(file):
@@ -79,22 +76,15 @@ def is_array_file(path: str) -> bool:
 def load_arrays(path: str) -> Mapping[str, np.ndarray]:
     """Load the numeric arrays of a file by name; they are read once, cached, and read-only.
 
-    Returns:
-        The arrays; one without a name is under "". Pictures are uint8 (3, H, W). Members that are
-        text are left out.
-
-    Raises:
-        UserError: if the file is missing, broken, empty, too large or pickled, or holds what is not
-            numeric or finite.
+    One without a name is under "". Pictures are uint8 (3, H, W). Members that are text are left
+    out. Raises UserError if the file is missing, broken, empty, too large or pickled, or holds what
+    is not numeric or finite.
     """
     return _read(path, file_state(path))
 
 
 def load_array(path: str) -> np.ndarray:
-    """Load the one array of a file, or its member `x`.
-
-    Raises UserError if there are several and none is `x`.
-    """
+    """Load the one array of a file, or its member `x`. Raises UserError for several without it."""
     members = load_arrays(path)
     if "x" in members:
         return members["x"]
@@ -236,10 +226,7 @@ def _read_pt(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _select_tensors(loaded: Any) -> dict[str, Tensor]:
-    """Return the tensors by name.
-
-    Raises UserError for anything but plain tensors of real numbers.
-    """
+    """The tensors by name. Raises UserError for anything but plain tensors of real numbers."""
     members = loaded if isinstance(loaded, dict) else {"": loaded}
     if len(members) > MAX_MEMBERS or not all(isinstance(t, Tensor) for t in members.values()):
         raise UserError("expected a tensor or a flat dict of tensors")

@@ -42,15 +42,10 @@ def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
 
     Weights are unwrapped, and the `module.` of DataParallel and the counters of thop are dropped.
     Where a file keeps dicts of weights by names (`teacher`, `student`), these stand before the
-    names of the weights.
+    names of the weights. With a prefix, only the weights below it are returned, without it.
 
-    Args:
-        path: of the file.
-        prefix: weights whose names begin with it alone, without it; "" for all.
-
-    Raises:
-        UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks
-            for more than tensors.
+    Raises UserError, one line, if the file is missing, too large, broken, not a checkpoint, or asks
+    for more than tensors.
     """
     file = expand_home(path)
     if not os.path.isfile(file):
@@ -119,10 +114,7 @@ def _load_npz(file: Path, size: int) -> dict[str, Tensor]:
 
 
 def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors.
-
-    Raises UserError for sparse, complex and quantised ones and those of 8 bits.
-    """
+    """Return the same tensors. Raises UserError for any that is not plain and real."""
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
             raise UserError(
@@ -133,11 +125,10 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select_state(loaded: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors by name in what a checkpoint holds, wrapped or not.
+    """Return the tensors by name in what a checkpoint holds, wrapped or not. Raises UserError for
+    none.
 
     prefix: as of `load_tensors`. It may name a dict beside the one that is taken without a prefix.
-
-    Raises UserError if there are none.
     """
     wrapped = isinstance(loaded, dict) and next(
         (loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None

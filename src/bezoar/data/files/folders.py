@@ -93,13 +93,10 @@ class Walk:
         self.problems.append(Skipped(str(self.root), printable(name), reason))
 
     def files(self, stretch: int = 0, start: int = 0) -> Iterator[tuple[int, int, str]]:
-        """Iterate over the files from a place on.
+        """Iterate over the files from a place on: number of stretch, number in it, path below the
+        root.
 
-        Yields:
-            The number of a file's stretch, its number in the stretch, and its path below the root.
-
-        Raises:
-            UserError: if a directory cannot be read any more.
+        Raises UserError if a directory cannot be read any more.
         """
         for number, (directory, first, stop) in enumerate(self.stretches[stretch:], stretch):
             names = self._list_again(directory)
@@ -128,9 +125,8 @@ class Walk:
         return blocks
 
     def read_block(self, block: FileBlock) -> list[str]:
-        """Return the paths of a block's files below the root.
-
-        Raises UserError if they are not those that were cut.
+        """Return the paths of a block's files. Raises UserError if they are not those that were
+        cut.
         """
         files = self.files(block.stretch, block.start)
         names = [name for *_, name in itertools.islice(files, block.files)]

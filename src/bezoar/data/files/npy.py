@@ -66,9 +66,8 @@ def read_header(stream: IO[bytes]) -> Header:
 
 
 def read_data(stream: IO[bytes], header: Header) -> np.ndarray:
-    """Read the array that a header describes, whose size must have been bounded.
-
-    Raises UserError if it breaks off.
+    """Read the array of a header, whose size must have been bounded. Raises UserError if it breaks
+    off.
     """
     buffer = np.empty(header.nbytes, np.uint8)
     fill(buffer, stream)
@@ -88,24 +87,18 @@ def fill(buffer: np.ndarray, stream: IO[bytes]) -> None:
 
 
 def read_shape(path: Path) -> tuple[int, int]:
-    """Return (N, D) of a .npy file of float16 or float32 vectors.
-
-    Raises UserError if the file holds anything else, or its header does not fit its size.
+    """Return (N, D) of a .npy file of float16 or float32 vectors. Raises UserError for any other
+    file.
     """
     count, width = _read_vector_header(path)[0].shape
     return count, width
 
 
 def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
-    """Read the rows start..stop of a .npy file of vectors.
+    """Read the rows start..stop of a .npy file of vectors: float32 (stop - start, D).
 
-    The file is not mapped: a mapped file that is cut short meanwhile ends the process.
-
-    Returns:
-        float32 (stop - start, D).
-
-    Raises:
-        UserError: if the file is not one of vectors, or was cut short.
+    The file is not mapped: a mapped file that is cut short meanwhile ends the process. Raises
+    UserError if the file is not one of vectors, or was cut short.
     """
     header, offset = _read_vector_header(path)
     count, width = header.shape

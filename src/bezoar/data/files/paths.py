@@ -32,16 +32,11 @@ def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io
     """Open a regular file for reading: the one way in which files that others wrote are opened.
 
     Pipes, devices, sockets and folders are refused without waiting for them: a pipe that nobody
-    writes to stalls the program for ever, and a device may have no end.
+    writes to stalls the program for ever, and a device may have no end. So are files of more than
+    `limit` bytes. Raises UserError, which names the file and the reason.
 
-    Args:
-        path: of the file.
-        limit: the most bytes that it may hold; None for any number.
-        links: whether a link in the last place is followed. A link that the user made is; in a run,
-            which anybody may have made, none is.
-
-    Raises:
-        UserError: for anything else; it names the file and the reason.
+    links: whether a link in the last place is followed. A link that the user made is; in a run,
+    which anybody may have made, none is.
     """
     try:
         file = os.fdopen(regular_descriptor(path, links), "rb")
@@ -57,9 +52,8 @@ def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io
 
 
 def check_regular(path: Path, limit: int | None = None, links: bool = True) -> Path:
-    """Return a path if it is that of a regular file, for libraries that open files by their names.
-
-    Raises UserError, as `open_regular` does.
+    """Return a path for libraries that open files by name. Raises UserError, as `open_regular`
+    does.
     """
     open_regular(path, limit, links).close()
     return path
@@ -75,9 +69,8 @@ def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
 
 
 def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
-    """Read a regular file of UTF-8, with a byte order mark or without one.
-
-    Raises UserError, as `read_regular` does, or for other bytes.
+    """Read a regular file of UTF-8, its byte order mark left out. Raises UserError, also for other
+    text.
     """
     try:
         return read_regular(path, limit, links).decode("utf-8-sig")
@@ -88,10 +81,7 @@ def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
 
 
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
-    """Read the file of one record, of at most `limit` bytes; see `open_regular`.
-
-    Raises Unreadable.
-    """
+    """Read one record's file, see `open_regular`. Raises Unreadable, also above `limit` bytes."""
     try:
         with open(regular_descriptor(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -109,10 +99,7 @@ class _NotRegularError(OSError):
 
 
 def regular_descriptor(path: Path | str, links: bool = True) -> int:
-    """Open a regular file for reading. Raises OSError, or ValueError for a NUL byte in the path.
-
-    links: see `open_regular`.
-    """
+    """Open a file, see `open_regular`. Raises OSError, or ValueError for a NUL byte in the path."""
     # Without O_NONBLOCK opening a pipe waits for somebody to write to it. The status is that of
     # the open file, so that nothing can take its place in between.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -147,16 +134,11 @@ def existing_folder(path: str, what: str) -> Path:
 
 
 def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
-    """Expand a path, a folder, a glob or a brace list into the files that it names.
+    """Expand a path, a folder, a glob or a brace list such as `cc/{00000..00331}.tar` into files.
 
-    Args:
-        text: for example `cc/{00000..00331}.tar`; braces may also hold commas. Globs are sorted,
-            and a folder stands for its files with `ending`.
-        what: what error messages call the files.
-        ending: of the files that are looked for in a folder.
-
-    Raises:
-        UserError: if a file that is named is missing, or none is named.
+    Braces may also hold commas. Globs are sorted, and a folder stands for its files with `ending`.
+    Raises UserError, which calls the files `what`, if one that is named is missing, or none is
+    named.
     """
     for start, end in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text):
         if abs(int(end) - int(start)) > MAX_PATHS:  # braceexpand holds a range in memory

@@ -12,10 +12,7 @@ LISTED = 1000  # of them, how many stand in a manifest
 
 
 class Unreadable(Exception):
-    """One image cannot be used; the message says why.
-
-    It becomes a `Skipped` and never leaves the program.
-    """
+    """One image cannot be used; the message says why. It becomes a `Skipped`."""
 
 
 class Skipped(NamedTuple):

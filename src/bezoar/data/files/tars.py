@@ -123,20 +123,13 @@ class _BoundedHeader(tarfile.TarInfo):
 
 
 def read_groups(path: Path, contents: Collection[str] = EXTENSIONS) -> Iterator[Group | Skipped]:
-    """Read the records of a tar, those whose members stand side by side first.
+    """Read the records of a tar, those whose members stand side by side first; and stray members.
 
     Members of one key that stand apart are put together at the end. A tar that breaks off is read
     up to the break, which is named. The record before it is left out, since its other members may
-    have been lost.
+    have been lost. Raises UserError if the file does not exist or is not a tar.
 
-    Args:
-        contents: extensions of the members whose contents are read.
-
-    Yields:
-        A record, whole or not, or a member that belongs to none.
-
-    Raises:
-        UserError: if the file does not exist or is not a tar.
+    contents: extensions of the members whose contents are read.
     """
     with _open_tar(path) as (file, tar):
         sorter = _Sorter(path)

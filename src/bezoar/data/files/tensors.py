@@ -41,9 +41,8 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that appears under its name when it is complete.
-
-    Raises UnwritableError where it cannot be written, on a full disk say.
+    """Write a safetensors file, as a whole or not at all. Raises UnwritableError, on a full disk
+    say.
     """
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:

@@ -62,15 +62,14 @@ def load_torch(
 ) -> dict[str, Tensor]:
     """Load the tensors of a file of torch.save, in the zip format or the one before torch 1.6.
 
+    Raises UserError if the file asks for more than tensors, or for more bytes than it may.
+
     Args:
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
-        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold together.
-        select: takes the named tensors out of what was loaded; it raises UserError for anything
-            else.
-
-    Raises:
-        UserError: if the file asks for more than tensors, or for more bytes than it may.
+        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold
+            together.
+        select: takes the named tensors out of what was loaded, or raises UserError.
     """
     zipped = _read(file, 2) == b"PK"
     if zipped:
@@ -110,18 +109,11 @@ def format_keys(keys: Iterable[str], most: int = 3) -> str:
 
 
 def check_opcodes(data: bytes, size: int, pickles: int) -> set[str]:
-    """Look at the opcodes of the first few pickles in `data`; nothing is executed.
+    """The names of `LEFTOVERS` in the first few pickles in `data`, by opcodes; nothing is executed.
 
-    Returns the names of `LEFTOVERS` that they hold.
-
-    Args:
-        data: where the pickles stand one after another.
-        size: of the file in bytes. Storages of more elements are refused: files older than torch
-            1.6 have them allocated before they are read.
-        pickles: how many to look at.
-
-    Raises:
-        UserError: that names every function or class asked for that does more than rebuild tensors.
+    Storages of more elements than the file has bytes (`size`) are refused: files older than torch
+    1.6 have them allocated before they are read. Raises UserError that names every function or
+    class asked for that does more than rebuild tensors.
     """
     scanner = _OpcodeScanner(size)
     stream = io.BytesIO(data)

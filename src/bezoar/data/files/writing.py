@@ -23,12 +23,8 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     """Open a file to be written in full; it takes its name when the block ends without error.
 
     It is written under a name that nobody can foresee, created anew and never through a link, and
-    removed if the block fails.
-
-    Args:
-        path: where the file is to stand; an older one is replaced.
-        mode: `w` for text in UTF-8, `wb` for bytes.
-        options: further options of `open`, `newline` say.
+    removed if the block fails. An older file is replaced. mode: `w` for text in UTF-8, `wb` for
+    bytes.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
     if "b" not in mode:
@@ -93,11 +89,7 @@ def remove_debris_of(path: Path) -> None:
 
 @contextmanager
 def refuse_unwritable(path: Path) -> Iterator[None]:
-    """Inside, an OSError becomes an UnwritableError of one line.
-
-    Args:
-        path: what is named where the error names no file.
-    """
+    """Inside, an OSError becomes an UnwritableError of one line that names a file or this path."""
     try:
         yield
     except (OSError, ValueError) as error:

@@ -108,9 +108,8 @@ class Setup:
         return Train(self.data, self.network, objective or self.objective)
 
     def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
-        """The backdoor of one task.
-
-        reference: a key of its references; changes: of shadow, attack, trigger or objective.
+        """The backdoor of one task, by a key of its references; with changes of shadow, attack and
+        so on.
         """
         reference = reference or task.reference
         return Inject(
@@ -146,12 +145,8 @@ class Setup:
     ) -> list[Row]:
         """A row for each head: CA, BA, ASR and ASR-B over all seeds, beside the published values.
 
-        Args:
-            task: The task to measure.
-            attacked: The attacked encoder.
-            name: The rows' name, to which the head is added; not needed with `x`.
-            x: The rows' place on the axis; each head is then a curve.
-            goal: `@` and the number of the task's goal, if the encoder has several.
+        With a place `x` on the axis each head is a curve, without one it is added to the name.
+        goal: `@` and the number of the task's goal, if the encoder has several.
         """
         evaluate = Evaluate(
             attacked, task.test, self.heads, baseline=attacked.encoder, train=task.train
@@ -176,8 +171,7 @@ def head_cells(
 ) -> tuple[Cell, ...]:
     """CA, BA, ASR and ASR-B with a head.
 
-    If there are published values, ASR and ASR-B over all images are added. The published values are
-    of the paper's MLP head, and stand beside ours.
+    The published values are of the paper's MLP head and over all images, as are further cells.
     """
     columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
     values: dict[str, float] = {}
@@ -221,14 +215,9 @@ def ablation(
 ) -> Table:
     """A table of the first task with several variants of the attack, all heads.
 
-    Args:
-        setup: The setup.
-        title: The table's title.
-        paper_finding: The paper's result.
-        variants: Name -> attacked encoder. The first is the published variant, with which the
-            others are compared.
-        notes: Further notes.
-        expected: Variant -> column -> the paper's result. For other variants, ASR and BA stay.
+    variants: name -> attacked encoder; the first is the published one, which the others are
+    compared with. expected: variant -> column -> the paper's result; of other variants, ASR and BA
+    stay.
     """
     task = setup.tasks[0]
     rows = [row for name, bad in variants.items() for row in setup.rows(task, bad, name)]
@@ -325,9 +314,8 @@ def published_trigger(root: str, name: str, substitute: str) -> str:
 
 
 def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
-    """GTSRB; SVHN, or MNIST's digits where the folder holds them; CIFAR-10's own classes.
-
-    limit: records of each split.
+    """GTSRB; SVHN, or MNIST where it is there; CIFAR-10's own classes. limit: records of each
+    split.
     """
     sizes = {} if limit is None else {"limit": limit}
 
@@ -388,10 +376,7 @@ def large_tasks(root: str, family: str) -> list[Task]:
 
 
 def attack_large(options: TableOptions, family: str, task: Task) -> Inject:
-    """A published encoder attacked for one task.
-
-    CIFAR-10 at 224 px is the shadow data, as in the released code.
-    """
+    """A published encoder attacked for one task, by CIFAR-10 at 224 px as in the released code."""
     folder = "imagenet" if family == "ImageNet" else family
     reference = published_file(options.root, f"reference/{folder}", task.target.split()[0])
     trigger = published_trigger(

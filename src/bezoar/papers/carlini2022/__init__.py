@@ -128,10 +128,8 @@ class Setup:
     ) -> Poison | str:
         """The training data with backdoors and targeted victims: poison runs on poison runs.
 
-        Args:
-            backdoors: The triggers.
-            targeted: Spec of the poison that adds victims; "" for none.
-            data: Spec of the clean data; "" for the scale's own.
+        targeted: spec of the poison that adds victims. data: in place of the scale's own clean
+        data.
         """
         poisoned: Poison | str = data or self.data
         for b in backdoors:
@@ -161,9 +159,8 @@ class Setup:
         return rows
 
     def shared_trainings(self) -> list[Training]:
-        """The trainings that several tables read.
-
-        They are `targeted`, `linear_probe`, `branch_swap`, `retrieval` and `independence`.
+        """The trainings of `targeted`, `linear_probe`, `branch_swap`, `retrieval` and
+        `independence`.
         """
         targeted = self.targeted_poison_of_all_counts()
         return [
@@ -285,11 +282,7 @@ HEADLINE_SCALES = SCALES | {  # of the two numbers of the abstract, and of the l
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with the user's data if there are any.
-
-    Raises:
-        UserError: If the scale has no data of its own and the user names none.
-    """
+    """The setup of a scale, with the user's data. Raises UserError if neither has data."""
     return check_data(SCALES[options.scale], options)
 
 
@@ -326,10 +319,7 @@ def all_attacks(trials: Sequence[Trial]) -> list[Attack]:
 
 
 def attack_cells(attacks: Sequence[Attack], columns: Mapping[str, str]) -> tuple[Cell, ...]:
-    """A cell a column: the mean of a metric over backdoors.
-
-    columns: the column's name -> the metric.
-    """
+    """A cell a column, the mean of a metric over backdoors. columns: name -> metric."""
     return tuple(
         Cell(name, tuple((trial, f"{metric}@{number}") for trial, number in attacks))
         for name, metric in columns.items()

@@ -82,10 +82,7 @@ class Attack:
     def poison_data(
         self, clean: str, test: str, seed: int, targets: Sequence[str] = SCENE_CLASSES
     ) -> Poison:
-        """The poisoned data of one encoder.
-
-        A targeted attack draws its victims from the test data.
-        """
+        """The poisoned data of one encoder; a targeted attack draws its victims from the test."""
         target = targets[seed % len(targets)]
         if self.victims:
             spec = f"{self.poison}:captions={self.count},victims={self.victims}"
@@ -168,9 +165,8 @@ class Setup:
         return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers and attacked ones. least: how many of each at least.
-
-        The clean towers that were attacked are the first of the clean ones.
+        """Clean SimCLR towers, those that were attacked first, and attacked ones; at least so many
+        of each.
         """
         seeds = self.seeds(BADENCODER)
         attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
@@ -334,13 +330,9 @@ class PoisonedSet:
 def poisoned_scenes(
     setup: Setup, sets: int, patch_multiples: Sequence[float] = (0.1, 5)
 ) -> list[PoisonedSet]:
-    """Scenes poisoned by every attack of a setup.
+    """Scenes poisoned by every attack of a setup: so many sets of each attack and rate.
 
-    Args:
-        setup: The setup.
-        sets: Sets of each attack and rate.
-        patch_multiples: Multiples of the first attack's number of poisons, at which it is carried
-            out too.
+    patch_multiples: multiples of the first attack's number of poisons that it is tried at too.
     """
     patch, *others = setup.attacks
     counts = {max(1, round(patch.count * multiple)) for multiple in (1, *patch_multiples)}
@@ -404,9 +396,8 @@ def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[Po
 
 
 def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str] = ()) -> Table:
-    """Detector by attack: each detector alone, and all of them together.
-
-    added: further detectors, which have their own rows and are no part of "all together".
+    """Detector by attack: each alone, and all of them together, of which the added ones are no
+    part.
     """
     rows = []
     for poisoned in sets:

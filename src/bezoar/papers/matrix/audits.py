@@ -46,10 +46,7 @@ class Audits:
 def audit_rows(
     attack: str, audits: Sequence[str], data: str, attacked: Sequence[Trial], clean: Sequence[Trial]
 ) -> list[Row]:
-    """A row for each audit of an attack.
-
-    attacked, clean: encoders; data: spec of held-out images.
-    """
+    """A row for each audit of attacked and clean encoders, on held-out images (`data`, a spec)."""
     rows = []
     for audit in audits:
         name = Path(audit.partition(":")[0]).stem  # of a user's own file, as the audit names it

@@ -164,10 +164,7 @@ def suspicious_texts(view: CheckView, name: str) -> Section:
 def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:
     """Show the highest scored images, with a frame around the most suspicious window.
 
-    Args:
-        view: The run.
-        name: The check.
-        images: uint8 (N, 3, H, W), the N highest scored images, highest first.
+    images: uint8 (N, 3, H, W), highest first.
     """
     values, ids = view.scores[name], view.scores["id"]
     order = sorted(range(len(values)), key=lambda i: (-values[i], ids[i]))[: len(images)]

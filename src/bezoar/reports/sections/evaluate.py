@@ -399,14 +399,9 @@ def victims_section(view: EvaluateView) -> Section | None:
 def victim_tile(
     index: int, goal: Goal, label: str, cosines: Tensor, classes: Sequence[str]
 ) -> Tile:
-    """Return the tile of a victim.
+    """Return the tile of a victim, by its picture's index, with its class, "" if unknown.
 
-    Args:
-        index: Its picture in the contact sheet.
-        goal: The attacker's goal.
-        label: Its class; empty if unknown.
-        cosines: Its similarities to the classes (C,).
-        classes: Names of the classes.
+    cosines: its similarities to the classes (C,).
     """
     reading = classes[int(cosines.argmax())]
     captions = metric_names.quantity(goal.poisons, "caption")
