@@ -1,7 +1,5 @@
 """The machine: memory, cores, threads, ranks under torchrun. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -5,8 +5,6 @@ Draws of a record (place, rotation, colour) depend on its id. Sines of angles ar
 Python's `math`, one record at a time, so that a record's pixels do not depend on its batch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

@@ -12,8 +12,6 @@ each). Captions are not augmented, and steps are fewer and larger (the code: Ada
 over 50 passes of 10,000 pairs).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -4,8 +4,6 @@ Images are uint8 (N, 3, H, W), values 0..255. What is computed in between is flo
 and clamped to that range on the way back; it never wraps around.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

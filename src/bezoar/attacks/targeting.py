@@ -1,7 +1,5 @@
 """Chooses the records to poison, and victims of targeted poisoning with targets and captions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

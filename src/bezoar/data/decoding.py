@@ -1,7 +1,5 @@
 """Decodes record streams in threads and in order, and reports unreadable records."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import deque

@@ -1,7 +1,5 @@
 """Fields, captions of class names and downloads of the labelled image sets."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar

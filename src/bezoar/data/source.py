@@ -4,8 +4,6 @@ A data method returns Pairs or a `Source`. A new kind of source derives from `st
 and defines how it is divided into units and how the records of a unit are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

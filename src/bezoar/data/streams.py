@@ -1,7 +1,5 @@
 """RecordStream: the base of sources that read image files, or parts of files, in sequence."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ head `g.`) below one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual
 trained encoder as `encoder_q.`. Below these prefixes are torchvision's names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

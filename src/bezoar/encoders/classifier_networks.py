@@ -7,8 +7,6 @@ after the first halves the sides in a 3x3 convolution; a 7x7 stem has stride 2 a
 3x3 stem has stride 1; activations are ReLU.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import typing

@@ -11,8 +11,6 @@ computes with s W. The gradient with respect to W is s times the gradient with r
 the result is exact.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ Three libraries write them: open_clip (`open_clip_config.json`), timm (`config.j
 folder for each version of a model (`snapshots/`); `refs/main` names the newest.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Builds timm's models, and recognises them by the names and shapes of their weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

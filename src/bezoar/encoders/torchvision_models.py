@@ -1,7 +1,5 @@
 """Recognises torchvision's classifiers by the names and shapes of their weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ library itself is not needed: config.json states the sizes, and the weights are 
 names of published files and those of transformers 5 are known.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Mapping

@@ -4,8 +4,6 @@ It gives the same tokens as the library tokenizers, which is not needed. A `toke
 other settings is refused, and no regular expression of a file is run.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

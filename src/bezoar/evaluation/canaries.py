@@ -1,7 +1,5 @@
 """Counts the pairs of poison `canary` after a data pipeline, and tests if a model learnt them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

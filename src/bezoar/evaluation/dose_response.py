@@ -4,8 +4,6 @@ A reading is one trigger, or one group of victims, in one training. Intervals sp
 readings, not only of other test images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

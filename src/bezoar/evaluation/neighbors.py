@@ -10,8 +10,6 @@ faiss's flat index loses small distances to cancellation, and is no dependency
 (benchmarks/density.py compares the two).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ caption cannot be changed: it is in the list of URLs. So only records whose capt
 target are useful.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

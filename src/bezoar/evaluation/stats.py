@@ -5,8 +5,6 @@ never help: a tie that straddles a cut counts by its expectation over random ord
 depends on the order of the records.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from statistics import NormalDist

@@ -6,8 +6,6 @@ same draws, and what is left of the trigger is their difference. Nothing is trai
 part of "why is my attack success 0" that can be answered in seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 

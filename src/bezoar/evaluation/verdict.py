@@ -1,7 +1,5 @@
 """Verdict: the result of an audit of an encoder, with inverted triggers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ several trials. The `__init__` of a paper's folder holds the shared parts of its
 them in `TABLES`, in the order of the page.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol

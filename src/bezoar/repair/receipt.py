@@ -4,8 +4,6 @@ It holds accuracy, success of known and inverted triggers, z-scores and linear p
 a short fine-tune, clean or with ten poisons, brings the backdoor back.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Charts of sweeps: values by dose, with a fitted dose-response, and values by group."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Names and values of metrics as text: standard terms, units, values with their intervals."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """The page of a run: one HTML file without script and without access to the network."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable

@@ -4,8 +4,6 @@ They hold plain data; the templates render them and escape every text, which may
 the svg of a `Figure`, made by `charts`, is markup.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

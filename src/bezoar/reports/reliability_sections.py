@@ -1,7 +1,5 @@
 """Sections of a scan's page on how far its ranking can be trusted."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -4,8 +4,6 @@ The page of a verb is a function `build_page(run) -> Page` in the file of `secti
 verb's name. A verb without such a file gets a page of its metrics.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import shlex

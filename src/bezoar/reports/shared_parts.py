@@ -1,7 +1,5 @@
 """Parts that the pages of several verbs show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

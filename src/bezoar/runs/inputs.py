@@ -1,7 +1,5 @@
 """Loads a verb's inputs: the records of a data set or a run, and the encoder of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ set from which a rule chooses an image of the target's class:
 - first: it is the first record of the class.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ It is taken from the page and saved as summary.json, for the command line and no
 imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

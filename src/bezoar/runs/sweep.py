@@ -4,8 +4,6 @@ The verbs that a trial is made from run first, as trials of their own, so that n
 another. Finished trials are skipped, so an interrupted sweep continues.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Runs the command line under torchrun: rank 0 runs it, the others help with its trainings."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -5,8 +5,6 @@ names, types, defaults and help texts of its fields. They are read with `ast`; n
 only literals are evaluated.
 """
 
-from __future__ import annotations
-
 import ast
 from dataclasses import MISSING, dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ operation. Formulas and distributions are those of torchvision.transforms.v2; Si
 2020.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ loss; gradients flow through everything that ranks exchange, and are averaged. W
 group everything here is the identity.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Everything random is a function of (seed, step), so a run that was interrupted c
 bits.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

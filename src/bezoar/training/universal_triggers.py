@@ -6,8 +6,6 @@ ascends the loss that the encoder descends, with the gradient of the same backwa
 adversarial training, arXiv 1904.12843), and is drawn anew after `LIFE` steps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Look for a backdoor in an encoder, and say what the finding is worth."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence

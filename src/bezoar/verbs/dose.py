@@ -1,7 +1,5 @@
 """Measures success against the number of poisons for the user's own data and recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Measures an encoder: accuracy and attack success, beside those of its clean twin."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

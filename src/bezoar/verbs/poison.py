@@ -1,7 +1,5 @@
 """Plans a poisoning of a data set: the records, their captions and the trigger."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Runs a paper's tables: published numbers beside ours, with intervals and runs."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

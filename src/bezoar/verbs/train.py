@@ -1,7 +1,5 @@
 """Trains an encoder on a data set, poisoned or not."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ Every batch is validated in full before anything is made of it. Columns of types
 overlap, so that a small file could unpack to any size, are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

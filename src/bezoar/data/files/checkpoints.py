@@ -4,8 +4,6 @@ Nothing in a file is executed, and no tensor may claim more than its file holds;
 `npy` and `zips`.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections import deque

@@ -4,8 +4,6 @@ What is held of a folder is its directories, and the names in one of them at a t
 neither with the images nor, but for the largest directory, with their names.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import os

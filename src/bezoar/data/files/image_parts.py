@@ -5,8 +5,6 @@ Pillow walks through them in Python before it says how large the picture is, kee
 those of EXIF, and cuts out comments, in a time that is the square of their number.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Encoded images, decoded within bounds; only plain formats are opened."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The JSON object that stands beside an image, as img2dataset and `write_shards` write it."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import re

@@ -1,7 +1,5 @@
 """NumPy's .npy format: headers are checked before data are read, and nothing is unpickled."""
 
-from __future__ import annotations
-
 import math
 import os
 import tokenize

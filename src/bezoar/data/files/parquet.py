@@ -7,8 +7,6 @@ rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one pa
 that.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

@@ -7,8 +7,6 @@ stream of Arrow's with a line of JSON behind it. A file that Arrow aborts on, or
 memory or time than its size allows, ends this process alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

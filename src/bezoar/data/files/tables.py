@@ -4,8 +4,6 @@ What a table says is hostile: no image that it names is read from outside a stat
 that cannot be read is named.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

@@ -8,8 +8,6 @@ A key ends at the last dot of a name, so that keys may hold dots. Webdataset end
 `a.seg.png` is there a part of `a`. It is here as well where `a` is a record and `a.seg` is none.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile

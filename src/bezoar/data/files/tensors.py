@@ -1,7 +1,5 @@
 """Tensors of runs in safetensors files, read and written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

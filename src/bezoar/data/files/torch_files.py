@@ -6,8 +6,6 @@ that training keeps beside its weights (`LEFTOVERS`) are neither imported nor bu
 takes their place. Shapes are looked at on the meta device before anything is allocated.
 """
 
-from __future__ import annotations
-
 import io
 import pickletools
 import re

@@ -1,7 +1,5 @@
 """JSON that others wrote, as values of the types it is to have."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from typing import Any, TypeVar

@@ -4,8 +4,6 @@ The heads were fixed before the attack, and all are reported, over three pre-tra
 different seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ The development case is GTSRB with seed 100: the attack's settings and the numbe
 were chosen on it. The rows are seeds 0, 1 and 2, which influenced no setting.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated

@@ -6,8 +6,6 @@ a point much cheaper. Triggers that share a training help each other (table `ind
 compare such rows with each other, but do not read them as absolute values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """The abstract's two numbers at the paper's size: 300 patches and 3 captions of 3,000,000 pairs."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Victims are small CLIPs trained on poisoned scenes, and SimCLR towers attacked b
 encoders have the same architecture and training length, but different data and seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

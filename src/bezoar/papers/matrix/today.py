@@ -12,8 +12,6 @@ patch against the objectives `siglip` and `cleanclip` (CLIP with a self-supervis
 `mismatch`, whose success is Hit@1 of text queries.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The page of an evaluate run: accuracy, and whether backdoor and targeted attack work."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from functools import partial

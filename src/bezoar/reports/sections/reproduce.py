@@ -1,7 +1,5 @@
 """The page of a reproduction: claims with verdicts, then tables with charts and runs."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence

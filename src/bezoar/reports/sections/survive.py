@@ -1,7 +1,5 @@
 """The page of a survive run: how much of a trigger is left after each treatment."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 from typing import Any
