@@ -56,9 +56,7 @@ class Progress:
             warn(f"{self.title}: {time.monotonic() - self._start:.1f} s")
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        """Show that `done` of `total` steps are done. Another total, or a `done` of 0, begins a new
-        phase.
-        """
+        """Show that `done` of `total` steps are done. Another total, or 0, begins a new phase."""
         if self._phase_total != total or done == 0:
             self._phase_total = total
             self._phase_start = time.monotonic()

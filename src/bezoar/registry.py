@@ -118,9 +118,7 @@ def source_hash(cls: type) -> str:
 
 
 def make(kind: str, text: str) -> Any:
-    """Make a configured method. Raises UserError for an unknown method or an unknown or wrong
-    field.
-    """
+    """Make a configured method. Raises UserError for an unknown method or field, or a value."""
     cls, texts = parse_spec(kind, text)
     types_of_fields = typing.get_type_hints(cls)
     name = text.partition(":")[0]
@@ -163,9 +161,7 @@ def spec_value(value: Any) -> str:
 
 
 def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
-    """Split a spec into the method's class and the texts of its fields. Raises UserError for
-    unknown ones.
-    """
+    """Split a spec into the method's class and the texts of its fields. Raises UserError."""
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
     return cls, split_fields(kind, name, rest, [f.name for f in dataclasses.fields(cls)])

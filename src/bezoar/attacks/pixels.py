@@ -159,9 +159,7 @@ def blend(images: Tensor, pattern: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def identity_grid(height: int, width: int) -> Tensor:
-    """The sampling grid of the identity, float32 (height, width, 2): x, y; outer pixels at -1 and
-    1.
-    """
+    """The sampling grid of the identity, float32 (height, width, 2): x, y; outer pixels at ±1."""
     y = torch.linspace(-1, 1, height)
     x = torch.linspace(-1, 1, width)
     return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)

@@ -240,9 +240,7 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Decode a stream into memory, see `batch_pairs`. Raises UserError if no record of `what` is
-    read.
-    """
+    """Decode a stream into memory, see `batch_pairs`. Raises UserError for no record of `what`."""
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:

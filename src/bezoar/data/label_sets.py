@@ -105,9 +105,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
-    """Open a data set of torchvision's. Raises UserError, which says how to get it, if it is
-    damaged.
-    """
+    """Open a data set of torchvision's. Raises UserError, which says how to get it."""
     try:
         return make()
     except (RuntimeError, OSError, ValueError) as error:

@@ -27,9 +27,8 @@ CHUNK = 1 << 18  # pixels drawn at a time: small enough for the cache
 
 @dataclass(frozen=True)
 class Sketch:
-    """The contents of n scenes.
-
-    Colours are 0..255; lengths are in frame coordinates unless stated otherwise.
+    """The contents of n scenes: colours 0..255, lengths in frame coordinates unless stated
+    otherwise.
     """
 
     shape: Tensor  # int64 (n,), index into SHAPES

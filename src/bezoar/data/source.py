@@ -122,10 +122,7 @@ class RecordIndex:
 
 
 class Source(Protocol):
-    """Records that are read in parts.
-
-    A source without images need not define the methods that return them.
-    """
+    """Records that are read in parts. Without images, methods that return them may be missing."""
 
     size: int  # pixels a side of the images; 0 without images
     limit: int | None = None  # most records that are read
@@ -163,9 +160,7 @@ class Source(Protocol):
         return None
 
     def units(self) -> list[Unit]:
-        """Cut the source; see `number_units`. Raises UserError if there is nothing that could be
-        read.
-        """
+        """Cut the source; see `number_units`. Raises UserError if nothing could be read."""
         ...
 
     def stamp(self, unit: Unit) -> Sequence[int] | None:

@@ -140,9 +140,7 @@ class RecordStream(Source):
         return replace(stored, labels=labels, classes=self.classes, report=report)
 
     def memory_bytes(self) -> int:
-        """Bytes of pixels that `load_records` keeps: half of this rank's memory, as it holds them
-        twice.
-        """
+        """Bytes of pixels that `load_records` keeps: half of this rank's; it holds them twice."""
         return machine.free_memory() // (2 * machine.world_size())
 
     def file_stamps(self) -> list[Sequence[int] | None]:

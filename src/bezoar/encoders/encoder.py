@@ -66,10 +66,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class EmbeddedRecords:
-    """The vectors of N records.
-
-    Those of a large corpus lie in memory-mapped files, so read them in blocks.
-    """
+    """The vectors of N records; those of a large corpus lie in files: read them in blocks."""
 
     ids: Sequence[str]  # N keys
     images: Tensor  # float32 (N, D), unit rows

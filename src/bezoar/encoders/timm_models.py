@@ -340,10 +340,7 @@ def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dic
 
 
 def _rename_parts(tensors: Mapping[str, Tensor], blocks: list[str]) -> dict[str, Tensor]:
-    """The weights by timm's names; empty if a part is unknown.
-
-    blocks: timm's names of the blocks (`blocks.1.0`), in order.
-    """
+    """The weights by timm's names, of blocks such as `blocks.1.0`; empty if a part is unknown."""
     renamed = {}
     for key, tensor in tensors.items():
         part, _, weight = key.rpartition(".")

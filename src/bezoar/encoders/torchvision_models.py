@@ -48,10 +48,7 @@ def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _build_blank(name: str, count: int) -> Any:
-    """A classifier on the meta device.
-
-    RegNets compute their widths, so they are built in memory, up to about `count` weights.
-    """
+    """A classifier on the meta device; RegNets, which compute their widths, in memory."""
     options = {"init_weights": False} if name.startswith("inception") else {}  # avoids a warning
     if not name.startswith("regnet"):
         with torch.device("meta"):

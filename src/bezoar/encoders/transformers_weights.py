@@ -441,10 +441,7 @@ def _clip_sizes(config: Facts, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _split_tower(tensors: Weights, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into the image tower and all others.
-
-    The tower's prefix is `vision_model.`; a tower by itself may have none.
-    """
+    """Split weights into the image tower (`vision_model.`, or none if alone) and all others."""
     prefix = "vision_model."
     rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     if len(rest) < len(tensors):

@@ -40,10 +40,7 @@ class Classifier:
     raw: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return logits, float32 (B, C), of images uint8 or float 0..1 (B, 3, H, W).
-
-        Differentiable by float images.
-        """
+        """Differentiable logits, float32 (B, C), of images uint8 or float 0..1 (B, 3, H, W)."""
         encoder = self.encoder
         return self.head(encoder.raw_vectors(x) if self.raw else encoder.encode_images(x))
 

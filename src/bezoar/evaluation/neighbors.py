@@ -97,9 +97,7 @@ class Index:
         excluded: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare references (R, D), of which a query excludes so many. Raises UserError if not
-        finite.
-        """
+        """Prepare references (R, D); a query excludes so many. Raises UserError if not finite."""
         self.k = k
         self.device = torch.device(device)
         self.numbers = drop_surplus_copies(references, k + excluded).to(self.device)
@@ -184,9 +182,8 @@ class Index:
         return distance, row
 
     def _nearest_by_product(self, q: Tensor, excluded: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Return the smallest squared distances by product, and their rows, (B, keep) each.
-
-        Excluded references are at infinity.
+        """The smallest squared distances by product, and rows, (B, keep) each; excluded ones at
+        infinity.
         """
         length = q.square().sum(1, keepdim=True)
         best = q.new_full((len(q), keep), torch.inf)

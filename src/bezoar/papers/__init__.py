@@ -20,9 +20,7 @@ class PaperTable(Protocol):
     """The interface of a paper's table."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale. Raises UserError when that needs data that `options` does
-        not name.
-        """
+        """Declare the table at a scale. Raises UserError when `options` lacks the data."""
         ...
 
 

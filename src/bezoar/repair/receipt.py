@@ -125,9 +125,7 @@ class EvaluationData:
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The labelled records, numbered as in the test set. Raises UserError as `select_labelled`
-    does.
-    """
+    """The labelled records, numbered as in the test set; see `success.select_labelled`."""
     empty = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
     return replace(success.select_labelled(labelled, empty), classes=classes)
 

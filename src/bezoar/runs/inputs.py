@@ -75,9 +75,7 @@ class Dataset:
 
 
 def open_dataset(data: Any) -> Dataset:
-    """The data set of a configured data method, or that a run (a training, a scan ...) was made
-    from.
-    """
+    """The data set of a data method, or that a run (a training, a scan ...) was made from."""
     if not isinstance(data, Run):
         return Dataset(data, Plan())
     poison, method = poison_run(data), root_method(data)
@@ -282,9 +280,7 @@ def describe_weights(encoder: Encoder) -> str:
 
 
 def find_encoder(run: Run) -> Run | None:
-    """The nearest run with an encoder: this, or one that it was made from, but no poisoning's
-    surrogate.
-    """
+    """The nearest run with an encoder: this, or one behind it, but no poisoning's surrogate."""
     lineage = run.lineage(lambda each: each.verb != "poison")
     return next((each for each in lineage if (each.path / ENCODER).exists()), None)
 

@@ -194,9 +194,7 @@ class Run:
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """The manifest's entry for an input, a run or a spec; or None. Raises UserError for
-        anything else.
-        """
+        """The manifest's entry for an input, a run or a spec; or None. Raises UserError."""
         ask = self.manifest["ask"]
         return None if ask.get(field) is None else ask.object(field)
 

@@ -193,9 +193,7 @@ class Results:
         )
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
-        """Change of a column per doubling of x along a curve, over readings; rows at x = 0 are left
-        out.
-        """
+        """Change of a column per doubling of x along a curve, over readings at x above 0."""
         rows = [row for row in self.table.rows if row.curve == curve and row.x]
         cells = [(row.x or 0.0, self.cell(row.name, cell, curve)) for row in rows]
         readings = [(x, m) for x, c in cells for m in self.measures(c)]
@@ -205,9 +203,7 @@ class Results:
     def dose_readings(
         self, cell: str, curve: str = ""
     ) -> tuple[list[float], list[float], list[int]]:
-        """Every reading of a column along a curve: its x, its rate, and the rate's number of
-        trials.
-        """
+        """Every reading of a column along a curve: its x, its rate, and the trials behind it."""
         readings: list[tuple[float, Measure]] = []
         for row in self.table.rows:
             if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:

@@ -56,9 +56,7 @@ def assist() -> int:
 
 
 def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
-    """Make the job and the verb of rank 0's order. Raises UserError if the files here are not its
-    files.
-    """
+    """Make the job and the verb of rank 0's order. Raises UserError if files differ here."""
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     ask = order["ask"]
     fields = {k: field_value(v, order["paths"]) for k, v in ask.items() if k not in NOT_FIELDS}

@@ -57,9 +57,7 @@ class Verb(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def work(self, job: Any) -> dict[str, Measure]:
-        """Answer what is asked of a `runs.execute.Job`: write files into its folder, return the
-        metrics.
-        """
+        """Answer what a `runs.execute.Job` asks: write files into its folder, return metrics."""
         ...
 
 

@@ -46,9 +46,7 @@ class VerbSource:
 
 
 def read_verb(name: str) -> VerbSource:
-    """Read a verb's class from its file. Raises ValueError for a field of a form that is not read
-    here.
-    """
+    """Read a verb's class from its file. Raises ValueError for a field of another form."""
     module = _parse(name)
     cls = _class_node(module, name)
     fields = []

@@ -99,10 +99,7 @@ class _Normalise(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over all ranks' rows (Ioffe & Szegedy 2015) on CPUs, which SyncBatchNorm refuses.
-
-    Every rank must have equally many rows.
-    """
+    """Batch norm over all ranks' rows, equally many, on CPUs, which SyncBatchNorm refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape and dtype; statistics in float32."""

@@ -21,9 +21,7 @@ KINDS = 3
 
 
 class UniversalTriggers(nn.Module):
-    """`count` triggers, thirds of patches, patterns, colour changes; buffers, for a resumed
-    training.
-    """
+    """`count` triggers, thirds of patches, patterns, colour changes, as buffers that are saved."""
 
     # float32 (P, 1, H, W), how much of the pattern a pixel takes; P: patches and patterns
     masks: Tensor

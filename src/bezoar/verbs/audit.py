@@ -348,9 +348,7 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
 
 
 def clean_images(data: Any, encoder: Any) -> Any:
-    """The clean images for an encoder: those given, or its data's test split. Raises UserError for
-    none.
-    """
+    """The clean images for an encoder: those given, or its data's test split. Raises UserError."""
     if data is not None:
         return data
     if not isinstance(encoder, Run):

@@ -183,9 +183,7 @@ def check_clean(encoder: Any) -> Any:
 
 
 def attacked_run(run: Run) -> Run:
-    """The run of an attacked encoder, also of its evaluation. Raises UserError for one not
-    attacked.
-    """
+    """The run of an attacked encoder, or of its evaluation. Raises UserError for others."""
     if run.verb == "evaluate":
         run = run.input_run("encoder") or run
     if not run.manifest["goal"]:
@@ -257,9 +255,7 @@ def entry_of(
 def calibration_measures(
     calibration: Calibration, seconds: Sequence[float], rate: float
 ) -> dict[str, Measure]:
-    """The metrics of an audit over the bank, under its name: at a false-positive rate, and its
-    seconds.
-    """
+    """The metrics of an audit over the bank, by its name: at a false-positive rate, seconds."""
     n = len(calibration.clean)
     measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}
     if len(seconds) > 1:

@@ -181,9 +181,7 @@ class AttackTargets:
 
 
 def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
-    """One value for each of `count` goals; a single one is repeated. Raises UserError for another
-    number.
-    """
+    """One value for each of `count` goals; a single one is repeated, other numbers refused."""
     if len(values) not in (1, count):
         raise UserError(
             f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, "

@@ -156,9 +156,7 @@ def optimise_trigger(
     device: torch.device | str,
     report: ProgressReport,
 ) -> Any:
-    """The patch with pixels that the surrogate reads as the target. Raises UserError if that cannot
-    be.
-    """
+    """The patch with pixels that the surrogate reads as the target. Raises UserError."""
     trigger = plan_inputs["trigger"]
     if trigger is None or registry.method_name(type(trigger)) != "patch":
         raise UserError("a surrogate optimises a patch; give --trigger patch:size=6")

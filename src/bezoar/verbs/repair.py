@@ -194,9 +194,7 @@ def default_repair(suspect: Encoder, clean: Pairs) -> Any:
 
 
 def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
-    """Test data, known goals, victims and labelled data. target: of the trigger that the user
-    names.
-    """
+    """Test data, known goals, victims, labelled data. target: of the user's trigger."""
     encoder_input, attack = job.inputs["encoder"], job.inputs["attack"]
     method = evaluate.test_method(job.inputs["test"], encoder_input)
     dataset = inputs.open_dataset(method)
@@ -248,9 +246,7 @@ def load_clean(job: Job) -> Pairs:
 
 
 def fresh_records(encoder: Any) -> Any:
-    """Records like an encoder's training data, as a data method. Raises UserError if there are
-    none.
-    """
+    """Records like an encoder's training data, as a data method. Raises UserError."""
     method = inputs.root_method(encoder) if isinstance(encoder, Run) else None
     if method is None or not registry.has_fields(method, "count", "seed"):
         raise UserError(

@@ -127,9 +127,7 @@ class Reproduce:
 
 
 def tables_of(name: str) -> list[str]:
-    """The tables of a paper in order; the name of a table, or a user's own file, is that table
-    alone.
-    """
+    """The tables of a paper in order; the name of a table, or a user's file, is itself."""
     if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
     return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]

@@ -123,9 +123,7 @@ class Walk:
         return blocks
 
     def read_block(self, block: FileBlock) -> list[str]:
-        """Return the paths of a block's files. Raises UserError if they are not those that were
-        cut.
-        """
+        """The paths of a block's files. Raises UserError if they are not those that were cut."""
         files = self.files(block.stretch, block.start)
         names = [name for *_, name in itertools.islice(files, block.files)]
         if _checksum(names) != block.checksum:

@@ -103,9 +103,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
 
 
 def read_shorter_side(image: bytes | Path) -> int:
-    """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for
-    what is no image.
-    """
+    """The shorter side of an image in pixels, by its header. Raises Unreadable for what is none."""
     try:
         content = image if isinstance(image, bytes) else read_file(image)
         with open_picture(content, FORMATS) as encoded:
@@ -115,9 +113,7 @@ def read_shorter_side(image: bytes | Path) -> int:
 
 
 def check_effort(content: bytes, encoded: Image.Image) -> None:
-    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG
-    costs a pass.
-    """
+    """Raise Unreadable for a picture that takes more work than its pixels, say by many scans."""
     if isinstance(encoded, TiffImageFile):
         _check_tiff(encoded)
     is_slow = isinstance(encoded, ImageFile) and any(t[0] in SLOW_DECODERS for t in encoded.tile)
@@ -130,9 +126,7 @@ def check_effort(content: bytes, encoded: Image.Image) -> None:
 
 
 def _check_tiff(encoded: TiffImageFile) -> None:
-    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads
-    as they stand.
-    """
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or has unusual greys."""
     kind = encoded.info.get("compression")
     if kind not in TIFF_COMPRESSIONS:
         raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")

@@ -100,9 +100,7 @@ def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def join_batches(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that
-    serves.
-    """
+    """Put batches together into one, also by pyarrow 18, which has no `concat_batches`."""
     if len(batches) < 2:
         return batches
     joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()

@@ -52,9 +52,7 @@ def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io
 
 
 def check_regular(path: Path, limit: int | None = None, links: bool = True) -> Path:
-    """Return a path for libraries that open files by name. Raises UserError, as `open_regular`
-    does.
-    """
+    """A path for libraries that open files by name. Raises UserError, as `open_regular` does."""
     open_regular(path, limit, links).close()
     return path
 
@@ -69,9 +67,7 @@ def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
 
 
 def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
-    """Read a regular file of UTF-8, its byte order mark left out. Raises UserError, also for other
-    text.
-    """
+    """Read a file of UTF-8, without a byte order mark. Raises UserError, also for others."""
     try:
         return read_regular(path, limit, links).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -39,9 +39,7 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, as a whole or not at all. Raises UnwritableError, on a full disk
-    say.
-    """
+    """Write a safetensors file, whole or not at all. Raises UnwritableError, on a full disk say."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         with whole_file(path, "wb") as file:

@@ -86,9 +86,7 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as
-    many.
-    """
+    """Raise UserError if tensors reach beyond `max_bytes`, all together MAX_NAMES times that."""
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

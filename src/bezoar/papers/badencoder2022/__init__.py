@@ -106,9 +106,7 @@ class Setup:
         return Train(self.data, self.network, objective or self.objective)
 
     def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
-        """The backdoor of one task, by a key of its references; with changes of shadow, attack and
-        so on.
-        """
+        """The backdoor of one task, by a key of its references; changes: of shadow and others."""
         reference = reference or task.reference
         return Inject(
             self.pretrain(changes.get("objective", "")),
@@ -312,9 +310,7 @@ def published_trigger(root: str, name: str, substitute: str) -> str:
 
 
 def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
-    """GTSRB; SVHN, or MNIST where it is there; CIFAR-10's own classes. limit: records of each
-    split.
-    """
+    """GTSRB; SVHN, or MNIST where it is there; CIFAR-10. limit: records of each split."""
     sizes = {} if limit is None else {"limit": limit}
 
     def task(

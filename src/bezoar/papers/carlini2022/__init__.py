@@ -157,9 +157,7 @@ class Setup:
         return rows
 
     def shared_trainings(self) -> list[Training]:
-        """The trainings of `targeted`, `linear_probe`, `branch_swap`, `retrieval` and
-        `independence`.
-        """
+        """The trainings of targeted, linear_probe, branch_swap, retrieval and independence."""
         targeted = self.targeted_poison_of_all_counts()
         return [
             Training(self.evaluate(self.poison(backdoors, targeted), seed), backdoors)

@@ -163,9 +163,7 @@ class Setup:
         return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers, those that were attacked first, and attacked ones; at least so many
-        of each.
-        """
+        """Clean SimCLR towers, those that were attacked first, and attacked ones; least: of each."""
         seeds = self.seeds(BADENCODER)
         attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
         clean = list(dict.fromkeys([*attacked, *range(self.clean)]))[: max(self.clean, least)]
@@ -394,9 +392,7 @@ def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[Po
 
 
 def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str] = ()) -> Table:
-    """Detector by attack: each alone, and all of them together, of which the added ones are no
-    part.
-    """
+    """Detector by attack: each alone, and all but the added ones together."""
     rows = []
     for poisoned in sets:
         scans = poisoned.scans()

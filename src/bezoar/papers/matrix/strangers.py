@@ -67,8 +67,8 @@ class EncoderFamily:
         return Trial(Train(data, self.network, self.objective), seed)
 
     def attacked(self, first: int, count: int) -> list[Trial]:
-        """Attacked encoders, by attacks, triggers, places and targets in turn; no clean one has
-        their seeds.
+        """Attacked encoders, by attacks, triggers, places and targets in turn, with seeds of their
+        own.
         """
         return [self._attack(s, i) for i, s in enumerate(range(first + 50, first + 50 + count))]
 
