@@ -87,26 +87,18 @@ class Goal:
 
 @dataclass(frozen=True)
 class Edit:
-    """One poisoned record.
+    """One poisoned record."""
 
-    Attributes:
-        id: id of the poisoned record. If it is `source`, that record is replaced; otherwise a
-            record is added.
-        source: id of the record whose image is used.
-        caption: caption of the poisoned record.
-        triggered: whether the goal's stamp (the trigger, or the change of copies) is on the image.
-        goal: number of the goal in the plan.
-        before: content hash, of pixels and caption, of the source record.
-        after: content hash of the poisoned record.
-    """
-
+    # id of the poisoned record. If it is `source`, that record is replaced; otherwise a record is
+    # added
     id: str
-    source: str
-    caption: str
+    source: str  # id of the record whose image is used
+    caption: str  # caption of the poisoned record
+    # whether the goal's stamp (the trigger, or the change of copies) is on the image
     triggered: bool
-    goal: int
-    before: str = ""
-    after: str = ""
+    goal: int  # number of the goal in the plan
+    before: str = ""  # content hash, of pixels and caption, of the source record
+    after: str = ""  # content hash of the poisoned record
 
 
 @dataclass(frozen=True)

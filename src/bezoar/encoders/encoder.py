@@ -49,18 +49,12 @@ Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image tower's input looks like.
+    """What an image tower's input looks like."""
 
-    Attributes:
-        size: the input's side in pixels.
-        mean: per channel, of pixels in 0..1.
-        std: standard deviation per channel, of pixels in 0..1.
-        interpolation: how images of another size are resized, `bicubic` or `bilinear`.
-    """
-
-    size: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    size: int  # the input's side in pixels
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)  # standard deviation per channel, of pixels in 0..1
+    # how images of another size are resized, `bicubic` or `bilinear`
     interpolation: str = "bicubic"
 
 

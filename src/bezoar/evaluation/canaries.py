@@ -96,7 +96,8 @@ def compare_thumbnails(images: Tensor, others: Tensor) -> Tensor:
 def count_outcomes(canaries: Canaries, outcomes: Sequence[str]) -> dict[str, Measure]:
     """The shares of canaries whose pair, or caption alone, came out, by form and over all."""
     measures: dict[str, Measure] = {}
-    for form, rows in _groups(canaries).items():
+    groups = {form: rows for form in FORMS if (rows := canaries.rows(form))}
+    for form, rows in (groups | {"all": list(range(len(canaries.edits)))}).items():
         for name, what in (("pair", "picture and caption"), ("caption", "caption alone")):
             hits = sum(outcomes[row] == name for row in rows)
             how = f"canaries ({form}) of which {what} came out of the pipeline"
@@ -151,9 +152,3 @@ def describe(measures: Mapping[str, Measure], count: int) -> str:
         by_chance = f"{1 / max(m.n for m in learnt.values()):.1%}"
         parts.append(f"the encoder has learnt {', '.join(shares)} (by chance {by_chance})")
     return "; ".join(parts)
-
-
-def _groups(canaries: Canaries) -> dict[str, list[int]]:
-    """Form -> numbers of its canaries, and `all`."""
-    forms = {form: rows for form in FORMS if (rows := canaries.rows(form))}
-    return forms | {"all": list(range(len(canaries.edits)))}

@@ -272,7 +272,8 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
         UserError: if there is no such head.
     """
     if kind == "auto":
-        kind = _best_kind(encoder, data)
+        without_head = "zero_shot" if encoder.text is not None and data.classes else "linear"
+        kind = without_head if getattr(encoder, "head", None) is None else "own"
     if kind == "own":
         return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":
@@ -280,9 +281,3 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
     if kind == "clusters":
         return cluster_classifier(encoder, data)
     return fit_classifier(encoder, data, kind)
-
-
-def _best_kind(encoder: Encoder, data: Pairs) -> Literal["own", "zero_shot", "linear"]:
-    if getattr(encoder, "head", None) is not None:
-        return "own"
-    return "zero_shot" if encoder.text is not None and data.classes else "linear"

@@ -11,21 +11,13 @@ from bezoar.evaluation.scores import Measure
 
 @dataclass(frozen=True)
 class Inversion:
-    """A trigger that an audit reconstructed: x -> (1 - mask) x + mask pattern, with x in 0..1.
+    """A trigger that an audit reconstructed: x -> (1 - mask) x + mask pattern, with x in 0..1."""
 
-    Attributes:
-        mask: float32 (1, H, W) in 0..1; H and W are those of the clean images it was made on.
-        pattern: float32 (3, H, W) in 0..1.
-        target: the class or cluster that stamped images go to, empty if the audit knows none.
-        norm: sum of the mask, in pixels.
-        success: share of stamped images that reach the target; without a target, their mean
-            pairwise cosine.
-    """
-
-    mask: Tensor
-    pattern: Tensor
-    target: str
-    norm: float
+    mask: Tensor  # float32 (1, H, W) in 0..1; H and W are those of the clean images it was made on
+    pattern: Tensor  # float32 (3, H, W) in 0..1
+    target: str  # the class or cluster that stamped images go to, empty if the audit knows none
+    norm: float  # sum of the mask, in pixels
+    # share of stamped images that reach the target; without a target, their mean pairwise cosine
     success: float
 
     def __post_init__(self) -> None:

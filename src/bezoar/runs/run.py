@@ -181,7 +181,7 @@ class Run:
 
         Raises UserError for a text that names no directory.
         """
-        if not is_directory_name(name):
+        if name in ("", ".", "..") or set(name) & {"/", "\0"} or len(name) > 255:
             raise UserError(f"run {self.name} names {shown(name)} as a run; expected a name")
         path = self.path.parent / name
         if path.exists():
@@ -213,11 +213,6 @@ def follow(run: Run, step: Callable[[Run], Run | None]) -> Iterator[Run]:
         seen.add(current.path)
         yield current
         current = step(current)
-
-
-def is_directory_name(text: str) -> bool:
-    """Return whether a text is the name of a directory, and no path."""
-    return text not in ("", ".", "..") and not set(text) & {"/", "\0"} and len(text) < 256
 
 
 def check_manifest(manifest: Facts) -> None:

@@ -214,7 +214,9 @@ class Audit:
                 self.images,
             )
             try:
-                parts.append(_read_part(job.run(verb), audit_name(audit)))
+                run, name = job.run(verb), audit_name(audit)
+                findings, seconds = AuditFindings.read(run.path), audit_seconds(run, name)
+                parts.append(dataclasses.replace(findings, seconds=seconds))
             except UnwritableError:
                 raise
             except UserError as error:
@@ -287,12 +289,6 @@ class Audit:
                 inputs.load_encoder(parent, job.device), "the parent"
             )
         return offered
-
-
-def _read_part(run: Run, name: str) -> AuditFindings:
-    """What the run of one audit found, and how long that took. Raises UserError."""
-    findings = AuditFindings.read(run.path)
-    return dataclasses.replace(findings, seconds=audit_seconds(run, name))
 
 
 def audit_seconds(run: Run, name: str) -> dict[str, float]:

@@ -27,7 +27,7 @@ from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
-from bezoar.runs.run import CHECKPOINT, Run
+from bezoar.runs.run import CHECKPOINT
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
 from bezoar.training import collectives, loop, prefetch, selfsupervised
@@ -67,7 +67,8 @@ class Train:
         dataset = inputs.open_dataset(job.inputs["data"])
         records = dataset.records
         if job.inputs["keep"] is not None:
-            records = select_kept(records, job.inputs["keep"])
+            kept = job.inputs["keep"].file("keep.txt")
+            records = records.select(records.find_rows(set(read_lines(kept))))
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
@@ -180,11 +181,6 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
             f"the network's head has {len(encoder.about['classes'])} classes, the data {count}"
         )
     encoder.about["classes"] = list(records.classes)
-
-
-def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
-    """The records that a scan's keep-list names."""
-    return records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
 
 
 def tokenize_records(

@@ -132,7 +132,9 @@ def _select_state(loaded: Any, prefix: str = "") -> dict[str, Tensor]:
         (loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None
     )
     tensors = _named_tensors(wrapped or loaded)
-    if wrapped and prefix and not _is_prefix(prefix, _strip_module(tensors)):
+    start = _with_dot(prefix)
+    starts = (start, start.removeprefix("module."))
+    if wrapped and prefix and not any(k.startswith(starts) for k in _strip_module(tensors)):
         tensors = _named_tensors({k: v for k, v in loaded.items() if isinstance(v, dict)})
     return _check_types(_take_below(tensors, prefix))
 
@@ -180,11 +182,6 @@ def _strip_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(key.startswith("module.") for key in tensors):
         return tensors
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-
-
-def _is_prefix(prefix: str, tensors: dict[str, Tensor]) -> bool:
-    start = _with_dot(prefix)
-    return any(key.startswith((start, start.removeprefix("module."))) for key in tensors)
 
 
 def _with_dot(prefix: str) -> str:

@@ -95,7 +95,7 @@ class _Reader:
     def ask(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
         """Return the answer to a request. Raises UserError that it holds, or if there is none."""
         self._send(request)
-        return self._receive(path)
+        return self._check(self._output.readline(), path)
 
     def read_rows(self, request: dict[str, Any], path: Path) -> Iterator[pa.RecordBatch]:
         """Iterate over the rows that were asked for."""
@@ -122,9 +122,6 @@ class _Reader:
         with contextlib.suppress(BrokenPipeError):  # that it died is seen when nothing comes back
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-
-    def _receive(self, path: Path) -> dict[str, Any]:
-        return self._check(self._output.readline(), path)
 
     def _check(self, line: bytes, path: Path) -> dict[str, Any]:
         """Return what the last line of an answer says."""

@@ -88,7 +88,11 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
     blocks: list[RowBlock] = []
     with _as_user_error(table), open_regular(table) as file:
         _refuse_encoding(table)
-        starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
+        starts = (
+            _json_starts(file)
+            if table.suffix == ".jsonl"
+            else (offset for offset, _ in _CsvRows(file, table).read())
+        )
         while offsets := list(itertools.islice(starts, size)):
             blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
     return blocks
@@ -298,11 +302,6 @@ def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
     with open_regular(table) as file:
         rows = _CsvRows(file, table).read(block.offset)
         yield from (row for _, row in itertools.islice(rows, block.rows))
-
-
-def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
-    """The byte at which each row begins."""
-    return (offset for offset, _ in _CsvRows(file, table).read())
 
 
 def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:

@@ -163,7 +163,7 @@ class Setup:
         return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers, those that were attacked first, and attacked ones; least: of each."""
+        """Clean SimCLR towers, first those that were attacked, and attacked ones."""
         seeds = self.seeds(BADENCODER)
         attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
         clean = list(dict.fromkeys([*attacked, *range(self.clean)]))[: max(self.clean, least)]
