@@ -199,12 +199,10 @@ class WholeSource(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes by label."""
         return self.whole.classes
 
     @property
     def report(self) -> ReadReport:
-        """How the records were read."""
         return self.whole.report or ReadReport(len(self.whole))
 
     @property
@@ -216,11 +214,9 @@ class WholeSource(Source):
         return len(self.whole)
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time."""
         return self.whole.batches(size)
 
     def load_records(self) -> Pairs | StoredPairs:
-        """Return the records."""
         return self.whole
 
     def units(self) -> list[Unit]:
@@ -248,7 +244,6 @@ class WholeSource(Source):
             yield RecordBlock(records, pairs.images, list(range(len(pairs))), done)
 
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
-        """Return the records of an index with their images."""
         rows = index.places["offset"]
         if len(rows) == len(self) and not index.renamed:
             return self.whole

@@ -17,14 +17,9 @@ from bezoar.errors import UserError
 Weights = Mapping[str, Tensor]
 
 TEXT_KEYS = (
-    "transformer.",
-    "text.",
-    "token_embedding.",
-    "ln_final.",
-    "positional_embedding",
-    "text_projection",
-    "logit_scale",
-)
+    "transformer.", "text.", "token_embedding.", "ln_final.", "positional_embedding",
+    "text_projection", "logit_scale",
+)  # fmt: skip
 # Parts of an unnamed sequence before its stages; part 2 is a ReLU, and part 3 a max-pool where
 # there is one.
 STEM_PARTS = {"0": "conv1", "1": "bn1"}

@@ -14,29 +14,11 @@ from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess, limit_weights
 from bezoar.errors import UserError, first_line
 
 # Arguments of a model that a file may state; norm_eps is not timm's, it is set afterwards.
-ARGUMENTS = frozenset(
-    [
-        "img_size",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "init_values",
-        "class_token",
-        "global_pool",
-        "reg_tokens",
-        "no_embed_class",
-        "pre_norm",
-        "act_layer",
-        "qkv_bias",
-        "dynamic_img_size",
-        "window_size",
-        "final_norm",
-        "fc_norm",
-        "norm_eps",
-    ]
-)
+ARGUMENTS = frozenset((
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values",
+    "class_token", "global_pool", "reg_tokens", "no_embed_class", "pre_norm", "act_layer",
+    "qkv_bias", "dynamic_img_size", "window_size", "final_norm", "fc_norm", "norm_eps",
+))  # fmt: skip
 LARGEST = 1 << 16  # of a number among them
 DEEPEST = 1 << 9  # blocks
 MAX_ARGUMENTS = 4096  # characters

@@ -22,28 +22,16 @@ from bezoar.runs.tables import (
     TableOptions,
     row_difference,
 )
-from bezoar.runs.verb import Trial
+from bezoar.runs.verb import Input, Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "single_target",
-    "several_targets",
-    "several_tasks",
-    "zero_shot",
-    "large_encoders",
-    "real_encoder",
-    "loss_terms",
-    "lambdas",
-    "learning_rate",
-    "shadow_size",
-    "shadow_source",
-    "trigger_size",
-    "reference",
-    "pretraining",
-    "defences",
-)
+    "single_target", "several_targets", "several_tasks", "zero_shot", "large_encoders",
+    "real_encoder", "loss_terms", "lambdas", "learning_rate", "shadow_size", "shadow_source",
+    "trigger_size", "reference", "pretraining", "defences",
+)  # fmt: skip
 HEADS = ("linear", "knn", "mlp")
 COLUMNS = {  # `{}` is replaced by a head
     "CA": "baseline.{}.clean_accuracy",
@@ -107,16 +95,9 @@ class Setup:
 
     def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
         """The backdoor of one task, by a key of its references; changes: of shadow and others."""
-        reference = reference or task.reference
-        return Inject(
-            self.pretrain(changes.get("objective", "")),
-            changes.get("shadow", self.shadow),
-            target=(task.target,),
-            reference=(task.references[reference],),
-            attack=changes.get("attack", self.attack),
-            trigger=(changes.get("trigger", self.trigger),),
-            choose="confident" if reference == "chosen" else "first",
-        )
+        values = {"shadow": self.shadow, "attack": self.attack, "trigger": self.trigger} | changes
+        encoder = self.pretrain(values.pop("objective", ""))
+        return attack_encoder(encoder, task, reference, **values)
 
     def change_attack(self, **fields: float) -> str:
         """Spec of the attack with other values in some of its fields."""
@@ -144,10 +125,7 @@ class Setup:
         With a place `x` on the axis each head is a curve, without one it is added to the name.
         goal: `@` and the number of the task's goal, if the encoder has several.
         """
-        evaluate = Evaluate(
-            attacked, task.test, self.heads, baseline=attacked.encoder, train=task.train
-        )
-        trials = [Trial(evaluate, seed) for seed in range(self.seeds)]
+        trials = evaluate_heads(attacked, task, self.heads, self.seeds)
         rows = []
         for head in HEADS:
             cells = head_cells(trials, head, task.published, goal)
@@ -160,6 +138,28 @@ class Setup:
     def task_notes(self, task: Task, *notes: str) -> tuple[str, ...]:
         """The notes of a table about one task."""
         return (f"Task {task.name}, target {task.target!r}.", *notes, *self.notes)
+
+
+def attack_encoder(
+    encoder: Input, task: Task, reference: str, *, shadow: str, attack: str, trigger: str
+) -> Inject:
+    """The backdoor of one task in an encoder, by a key of the task's references."""
+    reference = reference or task.reference
+    return Inject(
+        encoder,
+        shadow,
+        target=(task.target,),
+        reference=(task.references[reference],),
+        attack=attack,
+        trigger=(trigger,),
+        choose="confident" if reference == "chosen" else "first",
+    )
+
+
+def evaluate_heads(attacked: Inject, task: Task, heads: Sequence[str], seeds: int) -> list[Trial]:
+    """The attack on a task, and the clean encoder, read by heads with every seed."""
+    verb = Evaluate(attacked, task.test, tuple(heads), baseline=attacked.encoder, train=task.train)
+    return [Trial(verb, seed) for seed in range(seeds)]
 
 
 def head_cells(

@@ -61,10 +61,8 @@ def published_rows(options: TableOptions) -> list[Row]:
     for family in badencoder2022.LARGE_NETWORKS:
         for task in badencoder2022.large_tasks(options.root, family):
             attacked = badencoder2022.attack_large(options, family, task)
-            verb = Evaluate(
-                attacked, task.test, setup.heads, baseline=attacked.encoder, train=task.train
-            )
+            trials = badencoder2022.evaluate_heads(attacked, task, setup.heads, 1)
             for head in badencoder2022.HEADS:
-                cells = badencoder2022.head_cells([Trial(verb, 0)], head, task.published)
+                cells = badencoder2022.head_cells(trials, head, task.published)
                 rows.append(Row(f"{family}, {task.name}, {head}", cells))
     return rows

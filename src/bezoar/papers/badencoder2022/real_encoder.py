@@ -17,6 +17,8 @@ from bezoar.papers.badencoder2022 import (
     SMOKE,
     Published,
     Task,
+    attack_encoder,
+    evaluate_heads,
     head_cells,
     keeps_accuracy,
     published_file,
@@ -78,23 +80,8 @@ class Victim:
 
     def inject(self, task: Task) -> Inject:
         """The attack on the network for a task."""
-        reference = task.reference
-        return Inject(
-            self.network,
-            self.shadow,
-            target=(task.target,),
-            reference=(task.references[reference],),
-            attack=self.attack,
-            trigger=(self.trigger,),
-            choose="confident" if reference == "chosen" else "first",
-        )
-
-    def trials(self, task: Task) -> list[Trial]:
-        """What every head of a task says of each attack on it."""
-        verb = Evaluate(
-            self.inject(task), task.test, self.heads, baseline=self.network, train=task.train
-        )
-        return [Trial(verb, seed) for seed in range(self.seeds)]
+        how = {"shadow": self.shadow, "attack": self.attack, "trigger": self.trigger}
+        return attack_encoder(self.network, task, "", **how)
 
     def own_row(self, task: Task) -> Row:
         """The own head after the attack for a task whose reference shows a class of it."""
@@ -152,7 +139,7 @@ class RealEncoder:
         for task in victim.tasks:
             if options.scale != "smoke" and task.name not in self.tasks:
                 continue
-            trials = victim.trials(task)
+            trials = evaluate_heads(victim.inject(task), task, victim.heads, victim.seeds)
             for head in HEADS:
                 name = f"{task.name}, {head}"
                 rows.append(Row(name, head_cells(trials, head, task.published)))

@@ -19,21 +19,9 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "headline",
-    "law",
-    "targeted",
-    "poisons",
-    "placement",
-    "patch_size",
-    "width",
-    "clean_size",
-    "captions",
-    "sources",
-    "linear_probe",
-    "branch_swap",
-    "retrieval",
-    "independence",
-)
+    "headline", "law", "targeted", "poisons", "placement", "patch_size", "width", "clean_size",
+    "captions", "sources", "linear_probe", "branch_swap", "retrieval", "independence",
+)  # fmt: skip
 TOGETHER = 4  # triggers in one training
 SHARED_NOTE = (
     "Triggers that share a training do more than each alone (table independence): compare rows, "

@@ -18,33 +18,15 @@ from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "detection",
-    "default_scan",
-    "unseen",
-    "flickr8k",
-    "aerial",
-    "retraining",
-    "audits",
-    "strangers",
-    "repairs",
-    "today",
-)
+    "detection", "default_scan", "unseen", "flickr8k", "aerial", "retraining", "audits",
+    "strangers", "repairs", "today",
+)  # fmt: skip
 BADENCODER = "BadEncoder"
 SEEDS_OF_AN_ATTACK = 3  # every attack but the first has this many seeds
 DETECTORS = (
-    "transplant",
-    "duplicates",
-    "k_distance",
-    "lid",
-    "slof",
-    "dao",
-    "isolation_forest",
-    "clip_score",
-    "loss_trace",
-    "safeclip",
-    "spectral",
-    "activation_clustering",
-)
+    "transplant", "duplicates", "k_distance", "lid", "slof", "dao", "isolation_forest",
+    "clip_score", "loss_trace", "safeclip", "spectral", "activation_clustering",
+)  # fmt: skip
 DETECTION_COLUMNS = {
     "AUROC": "auroc",
     "AP": "average_precision",
