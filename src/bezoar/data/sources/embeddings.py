@@ -126,8 +126,8 @@ class EmbeddingSource(Source):
     """
 
     images: tuple[Path, ...]  # the files of image vectors
-    texts: tuple[Path, ...] = ()
-    metadata: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()  # as many files of the captions' vectors, or none
+    metadata: tuple[Path, ...] = ()  # as many Parquet files with a row a vector, or none
     size = 0
     has_images = False
 

@@ -105,6 +105,7 @@ class TableSource(RecordStream):
     """Reads tables as it goes: a record a row.
 
     An id is the id column's, else `IMAGE#ROW`; with several tables their names come first.
+    The fields are those of `Table`.
     """
 
     paths: tuple[Path, ...]
