@@ -117,8 +117,5 @@ def world_size() -> int:
 
 
 def torchrun_variable(name: str, default: int) -> int:
-    """A number that torchrun passes in an environment variable.
-
-    Other launchers, whose processes do not wait for this one, set RANK too; they are ignored.
-    """
+    """A number that torchrun sets. Those of launchers whose processes do not wait are ignored."""
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default

@@ -45,10 +45,7 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
 
 
 def mask_from_array(array: np.ndarray, name: str) -> Tensor:
-    """Convert an array to a mask, float32 (1|3, H, W) in 0..1.
-
-    The layouts are those of `image_from_array`. Where a value is above 1, all are shares of 255.
-    """
+    """A mask, float32 (1|3, H, W) in 0..1, of the layouts of `image_from_array`, or of 0..255."""
     if array.min() < 0 or array.max() > 255:
         raise UserError(
             f"{name}: expected a mask within 0..1 or 0..255; it spans {array.min()}..{array.max()}"
@@ -72,10 +69,7 @@ def channels_first(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def resize(x: Tensor, height: int, width: int, hard: bool = False) -> Tensor:
-    """Resize float (C, h, w) to (C, height, width).
-
-    hard: nearest neighbour, which keeps a mask of 0 and 1; otherwise bilinear and antialiased.
-    """
+    """Resize float (C, h, w) antialiased; `hard`: to the nearest pixel, for a mask of 0 and 1."""
     if x.shape[-2:] == (height, width):
         return x
     if hard:
@@ -133,10 +127,7 @@ def recode_jpeg(images: Tensor, quality: int) -> Tensor:
 
 
 def add_offset(images: Tensor, offset: Tensor) -> Tensor:
-    """Add an offset to images, saturating at 0 and 255.
-
-    images: uint8 (N, 3, H, W). offset: float (1|3, H, W), which is rounded once, beforehand.
-    """
+    """Add an offset, float (1|3, H, W), rounded first, to uint8 (N, 3, H, W), saturating."""
     # In uint8 throughout: min(x, 255 - up) + up, then max(x, down) - down; up or down is 0.
     up = to_uint8(offset).to(images.device)
     down = to_uint8(-offset).to(images.device)

@@ -277,10 +277,7 @@ class Plan:
 
     @staticmethod
     def read(path: Path, make_trigger: Callable[[str], Trigger]) -> Plan:
-        """Read a plan, whose triggers `make_trigger` makes of their specs.
-
-        Raises UserError if the file is no plan, of another schema, or an edit names no goal of it.
-        """
+        """Read a plan, whose triggers `make_trigger` makes. Raises UserError for anything else."""
         try:
             header, *rows = read_facts_lines(path)
             if header.get("schema") != SCHEMA:

@@ -153,10 +153,7 @@ class Batched(Protocol):
 
 
 def row_numbers(rows: Rows) -> np.ndarray:
-    """Return rows, wherever they lie, as int64 (B,) on the CPU.
-
-    Raises ValueError for a mask, which would be read as the rows 0 and 1.
-    """
+    """Rows as int64 (B,) on the CPU. Raises ValueError for a mask, which would be rows 0 and 1."""
     numbers = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     if numbers.dtype == bool:
         raise ValueError("rows are asked for by number; this is a mask")
@@ -177,10 +174,7 @@ def content_hash(image: Tensor, caption: str = "") -> str:
 
 
 def distinct_image_rows(ids: Sequence[str]) -> list[int]:
-    """Return the rows of the first record of each image, in order.
-
-    The ids of several captions of one image differ after '#' alone.
-    """
+    """The rows of the first record of each image; ids of one image differ after '#' alone."""
     first: dict[str, int] = {}
     for row, key in enumerate(ids):
         first.setdefault(key.partition("#")[0], row)

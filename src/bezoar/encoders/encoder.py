@@ -165,10 +165,7 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The image tower's vectors before normalisation, float32 (B, D).
-
-        Outside training, large images are computed in several parts to save memory.
-        """
+        """The image tower's vectors, float32 (B, D), not normalised; large images in parts."""
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
@@ -411,10 +408,7 @@ class ImageEncoder(Protocol):
 
 @torch.no_grad()
 def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
-    """Batches of uint8 images -> float32 (N, D); unit rows where `encoder` is an Encoder.
-
-    Raises UserError for vectors that are not finite.
-    """
+    """Batches of uint8 images -> float32 (N, D), unit rows of an Encoder. UserError for NaN."""
     encoder.eval()
     return check_finite(torch.cat([encoder.encode_images(x) for x in batches]))
 

@@ -53,10 +53,7 @@ class LockedTower(nn.Module):
 
 
 def list_blocks(trunk: nn.Module) -> list[list[nn.Module]]:
-    """The blocks of a trunk in order, by its children; sequences are opened.
-
-    A module that has vectors alone, such as a norm, belongs to the block before it.
-    """
+    """The blocks of a trunk in order; a norm and the like belong to the block before them."""
     modules = [trunk]
     while any(is_opened(module, trunk) for module in modules):
         modules = [

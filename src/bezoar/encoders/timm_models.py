@@ -172,10 +172,7 @@ def stated_preprocess(model: Any, name: str) -> Preprocess:
 def split_classifier(
     model: Any, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into the model without its classifier, and the classifier (`weight`, `bias`).
-
-    The second is empty unless the classifier is one linear layer.
-    """
+    """Split weights into the model and its classifier, empty unless it is one linear layer."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
     prefixes = tuple(f"{head}." for head in heads)
@@ -303,10 +300,7 @@ def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
-    """The name of such a network in timm, and its weights by timm's names.
-
-    Raises UserError if no EfficientNet of timm's has these sizes.
-    """
+    """The name of such a network in timm, and its weights by timm's names. Raises UserError."""
     for name in LUKEMELAS:
         blank = build_blank(name)
         keys = blank.state_dict()

@@ -26,10 +26,7 @@ FAMILIES = {
 
 
 def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The names of the classifier with these weights and of its last layer, or two empty strings.
-
-    The shapes of the last layer may differ.
-    """
+    """The names of the classifier with these weights, any last layer, and of that; or "", ""."""
     starts = [s for s in FAMILIES if any(key.startswith(s) for key in tensors)]
     families = tuple(name for start in starts for name in FAMILIES[start].split())
     shapes = weight_shapes(tensors)

@@ -166,10 +166,7 @@ def epoch_orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
 
 
 class DropoutMasks:
-    """Dropout of the first hidden layer, from a stream of random numbers for each head.
-
-    The rate is rounded to a multiple of 2^-16.
-    """
+    """Dropout of the first hidden layer, by a stream for each head, at a multiple of 2^-16."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.device = device

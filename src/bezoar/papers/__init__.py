@@ -25,10 +25,7 @@ class PaperTable(Protocol):
 
 
 def dataset_spec(root: str, name: str, split: str, **fields: object) -> str:
-    """The spec of a data set in the user's folder: `NAME.npz`, or the publisher's files.
-
-    Without a root the folder is `data`; further fields of the source are `limit` or `size`, say.
-    """
+    """The spec of a data set in the user's folder (`data` by default): a .npz, or as published."""
     file = Path(root or "data") / f"{name}.npz"
     values: dict[str, object]
     if file.is_file():

@@ -25,10 +25,7 @@ def draw_heat_map(
     labels: tuple[str, str],
     size: Size = HALF,
 ) -> Markup:
-    """Draw shares (R, C) in percent as a heat map; the cell of a NaN is empty.
-
-    labels: titles of the rows' axis and of the columns' axis.
-    """
+    """Draw shares (R, C) in percent as a heat map, NaN as an empty cell; labels: of the axes."""
     figure, axes = new_figure(size)
     for y, x in np.argwhere(np.isfinite(values)):
         value = float(values[y, x])

@@ -225,10 +225,7 @@ def worker_pool(
 
 @contextmanager
 def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
-    """Worker processes, fed through pipes and killed at the end of the block. See `worker_pool`.
-
-    Without GPUs each has one thread; otherwise they are spread over the GPUs.
-    """
+    """Worker processes, one thread each, or spread over the GPUs; see `worker_pool`."""
     pool = _Processes(workers, module, gpus(settings))
     threads = ThreadPoolExecutor(workers)  # each waits for the answer of one process
     try:
@@ -301,10 +298,7 @@ class _Processes:
 
 @contextmanager
 def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
-    """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. See `worker_pool`.
-
-    All of its machines must see the same directory of runs.
-    """
+    """Tasks of a Ray cluster (RAY_ADDRESS, or a local one) that sees the same runs everywhere."""
     try:
         import ray
     except ImportError as error:

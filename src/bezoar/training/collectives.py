@@ -141,10 +141,7 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
 
 @contextmanager
 def distribute(loss: nn.Module) -> Iterator[nn.Module]:
-    """Inside, all ranks train the module together, from rank 0's weights.
-
-    Its batch norms are over the rows of all ranks; afterwards they are plain again.
-    """
+    """Inside, all ranks train the module together, from rank 0's weights, with joint norms."""
     if rank_and_world()[1] == 1:
         yield loss
         return

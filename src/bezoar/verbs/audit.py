@@ -198,10 +198,7 @@ class Audit:
             warn(f"audit: {line}")
 
     def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
-        """Run every audit as a run of its own: the findings, and by name why an audit refused.
-
-        Raises UserError if all refused.
-        """
+        """Run every audit as its own run: findings, and why some refused; UserError if all do."""
         parts: list[AuditFindings] = []
         refused: dict[str, str] = {}
         for audit in job.inputs["audit"]:

@@ -96,10 +96,7 @@ def load_array(path: str) -> np.ndarray:
 
 
 def load_rgba(path: str) -> np.ndarray:
-    """Load a PNG or a JPEG with its transparency, uint8 (4, H, W); 255 is opaque.
-
-    Raises UserError if the file is missing, too large, or no picture that can be read.
-    """
+    """Load a PNG or a JPEG, uint8 (4, H, W); 255 is opaque. Raises UserError for any other."""
     data = _read_bytes(path)
     with _as_user_error(path, data, "a png or jpg"):
         return _decode_rgba(data)

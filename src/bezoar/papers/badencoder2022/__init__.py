@@ -165,10 +165,7 @@ def evaluate_heads(attacked: Inject, task: Task, heads: Sequence[str], seeds: in
 def head_cells(
     trials: Sequence[Trial], head: str, published: Published | None = None, goal: str = ""
 ) -> tuple[Cell, ...]:
-    """CA, BA, ASR and ASR-B with a head.
-
-    The published values are of the paper's MLP head and over all images, as are further cells.
-    """
+    """CA, BA, ASR and ASR-B with a head; published ones are of the MLP and over all images."""
     columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
     values: dict[str, float] = {}
     if published and head == "mlp":

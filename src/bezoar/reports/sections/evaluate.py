@@ -44,10 +44,7 @@ RATES = {
 
 
 class EvaluateView(RunView):
-    """An evaluate run.
-
-    A head is named by the group of its metrics: '' for the text tower's, else e.g. `few_shot.10`.
-    """
+    """An evaluate run. Heads are groups of metrics: '' of the text tower, `few_shot.10` ..."""
 
     @functools.cached_property
     def encoder_facts(self) -> dict[str, Any]:
@@ -397,10 +394,7 @@ def victims_section(view: EvaluateView) -> Section | None:
 def victim_tile(
     index: int, goal: Goal, label: str, cosines: Tensor, classes: Sequence[str]
 ) -> Tile:
-    """Return the tile of a victim, by its picture's index, with its class, "" if unknown.
-
-    cosines: its similarities to the classes (C,).
-    """
+    """The tile of a victim's picture, with its class and its cosines to the classes (C,)."""
     reading = classes[int(cosines.argmax())]
     captions = metric_names.quantity(goal.poisons, "caption")
     lines = [
