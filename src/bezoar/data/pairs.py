@@ -22,23 +22,15 @@ TriggerFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Pairs:
-    """N records. A batch is also a Pairs.
+    """N records. A batch is also a Pairs."""
 
-    Attributes:
-        images: uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone.
-        captions: N texts, or none at all.
-        labels: int64 (N,), -1 where the class is unknown; None without classes.
-        ids: N stable, unique keys, which are never renumbered.
-        classes: names by label.
-        report: how the records were read, if they were read from files. It is about the whole
-            source, so parts of it carry it too.
-    """
-
-    images: Tensor
-    captions: tuple[str, ...] = ()
-    labels: Tensor | None = None
-    ids: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
+    images: Tensor  # uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone
+    captions: tuple[str, ...] = ()  # N texts, or none at all
+    labels: Tensor | None = None  # int64 (N,), -1 where the class is unknown; None without classes
+    ids: tuple[str, ...] = ()  # N stable, unique keys, which are never renumbered
+    classes: tuple[str, ...] = ()  # names by label
+    # how the records were read, if they were read from files. It is about the whole source, so
+    # parts of it carry it too
     report: ReadReport | None = None
 
     def __post_init__(self) -> None:

@@ -40,19 +40,14 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How suspicious an encoder is. The threshold comes from a bank of similar encoders.
+    """How suspicious an encoder is. The threshold comes from a bank of similar encoders."""
 
-    Attributes:
-        value: higher is more suspicious; comparable only among encoders of one family.
-        evidence: the measures that the value was computed from, by name.
-        inversions: reconstructed triggers, the most suspicious first.
-        notes: further facts, as JSON. A key `limits`, a list of sentences, names what the audit
-            could not see here.
-    """
-
-    value: float
+    value: float  # higher is more suspicious; comparable only among encoders of one family
+    # the measures that the value was computed from, by name
     evidence: dict[str, Measure] = field(default_factory=dict)
-    inversions: tuple[Inversion, ...] = ()
+    inversions: tuple[Inversion, ...] = ()  # reconstructed triggers, the most suspicious first
+    # further facts, as JSON. A key `limits`, a list of sentences, names what the audit could not
+    # see here
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ class LargeEncoders:
     """OpenAI's RN50 and timm's ResNet-50 at scale `paper`; at others a CLIP of scenes."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         published = options.scale == "paper"
         rows = published_rows(options) if published else scene_rows(options)
         claims: list[Claim] = []

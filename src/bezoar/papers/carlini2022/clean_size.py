@@ -10,7 +10,6 @@ class CleanSize:
     """The same number of poisons among more and more clean records."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = carlini2022.get_setup(options)
         backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
         rows = []

@@ -35,7 +35,6 @@ class Headline:
             raise ValueError(f"epochs and width are 0 or more; got {self.epochs}, {self.width}")
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = check_data(HEADLINE_SCALES[options.scale], options)
         if self.epochs:
             objective = re.sub(r"epochs=\d+", f"epochs={self.epochs}", setup.objective)

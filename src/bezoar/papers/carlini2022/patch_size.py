@@ -12,7 +12,6 @@ class PatchSize:
     """Every trigger is trained at every size, at one place and at random places."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = carlini2022.get_setup(options)
         rows = rows_of_curve(setup, "one place", "", setup.dose)
         rows += rows_of_curve(setup, "random places", "random", setup.random_dose)

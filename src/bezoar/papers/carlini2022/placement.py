@@ -13,7 +13,6 @@ class Placement:
     """One place or random places, at training and at test; the same number of poisons."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = carlini2022.get_setup(options)
         rows = []
         # A trigger at random places is never trained beside one at a fixed place, which would be

@@ -13,7 +13,6 @@ class Retrieval:
     """The encoders of table `targeted`, read by the nearest held-out caption."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = carlini2022.get_setup(options)
         trainings = setup.shared_trainings()
 

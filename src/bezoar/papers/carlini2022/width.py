@@ -15,7 +15,6 @@ class Width:
     """The same poisons in image towers from narrow to wide."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = carlini2022.get_setup(options)
         backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
         poisoned = setup.poison(backdoors, setup.targeted_poison(2 * carlini2022.TOGETHER))

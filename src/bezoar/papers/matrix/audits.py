@@ -21,7 +21,6 @@ class Audits:
     takes: ClassVar[tuple[str, ...]] = ("audit",)
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         added = options.added_specs("audit")
         clips = [setup.clean_clip(seed) for seed in range(setup.clean)]

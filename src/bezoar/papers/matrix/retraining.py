@@ -10,7 +10,6 @@ class Retraining:
     """Every attack of the detection tables, after a scan by all detectors together."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = matrix.get_setup(options)
         corpora = {
             "scenes": matrix.poisoned_scenes(setup, setup.each),

@@ -114,7 +114,6 @@ class Strangers:
     """Whether verdicts without a bank are right for encoders that influenced no rule."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         families = get_families(options)
         rows = [family_row(f, [f]) for f in families]
         if len(families) > 1:

@@ -282,7 +282,6 @@ class Today:
     takes: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         note = (
             "One training a row, and settings were chosen on these very trainings. Towers: MoCo on "

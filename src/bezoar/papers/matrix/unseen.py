@@ -229,7 +229,6 @@ class Unseen:
     reference: Annotated[str, "encoder that never saw the data, for the scan of photographs"] = ""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         smoke = options.scale == "smoke"
         sets = 1 if smoke else SETS
         halves = {"development": DEVELOPMENT, "test": TEST}
