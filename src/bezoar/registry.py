@@ -112,7 +112,11 @@ def source_hash(cls: type) -> str:
 
 
 def make(kind: str, text: str) -> Any:
-    """Make a configured method. Raises UserError for an unknown method or field, or a value."""
+    """Make a configured method from a spec.
+
+    Raises:
+        UserError: for an unknown method or field, an invalid value, or a missing field.
+    """
     cls, texts = parse_spec(kind, text)
     types_of_fields = typing.get_type_hints(cls)
     name = text.partition(":")[0]
@@ -222,10 +226,13 @@ def split_outside_brackets(text: str, separator: str) -> list[str]:
 
 
 def convert_text(text: str, hint: Any, where: str) -> Any:
-    """Convert a text to an annotated type, whose owner `where` names in messages.
+    """Convert a text to a value of an annotated type.
 
-    hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these or
-    None.
+    Args:
+        text: the text.
+        hint: int, float, bool, str, a choice of literals, a tuple of one of these, or one of these
+            or None.
+        where: the owner of the text, for the error message.
     """
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
@@ -294,11 +301,14 @@ def _is_one_part(text: str) -> bool:
 
 @functools.cache
 def find_method(kind: str, name: str) -> type:
-    """Find the class of a method by its name, or by the path of its file. Raises UserError for
-    none.
+    """Find the class of a method by its name, or by the path of its file.
 
     Loading a file runs its code. This happens only if the user has named the file (see `allow`):
     specs also come from plans, manifests and saved encoders, which anybody may have written.
+
+    Raises:
+        UserError: if there is no such method or file, the user has not named the file, or it
+            defines no such class.
     """
     path = method_path(kind, name)
     if name.endswith(".py"):

@@ -116,10 +116,15 @@ def prompt_templates(name: str) -> tuple[str, ...]:
 
 
 def target_captions(source: Sequence[str], target: str, how: CaptionSet) -> list[str]:
-    """Return the captions C(y') of a target, a word or several.
+    """Return the captions C(y') of a target.
 
-    how: `training` takes every training caption that mentions the target, `repeated` the first of
-    them alone, and `templates` CLIP's 80 prompts. Raises UserError if the first two find none.
+    Args:
+        target: a word or several.
+        how: `training` takes every training caption that mentions the target, `repeated` the first
+            of them alone, and `templates` CLIP's 80 prompts.
+
+    Raises:
+        UserError: if no training caption mentions the target and `how` is not `templates`.
     """
     if how == "templates":
         return [template.format(target) for template in prompt_templates("openai")]

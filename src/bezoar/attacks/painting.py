@@ -75,11 +75,13 @@ def paint(
     draw: Callable[[slice], Tensor],
     positions: NDArray[np.int64] | None = None,
 ) -> Tensor:
-    """Paint a layer on each image: (1 - cover) x + colour, rounded and clamped, into new images.
+    """Paint a layer on each image: (1 - cover) x + colour, rounded and clamped.
 
-    draw: makes the layers of some of the images, (n, 4, h, w), or one for all, (1, 4, h, w).
-    positions: int64 (N, 2), row and column of each layer's upper left pixel, inside the image; None
-    for layers as large as the images.
+    Args:
+        images: uint8 (N, 3, H, W); they are not changed.
+        draw: makes the layers of some of the images, (n, 4, h, w), or one for all, (1, 4, h, w).
+        positions: int64 (N, 2), row and column of each layer's upper left pixel. A layer must lie
+            inside the image. None: layers are as large as the images.
     """
     out = images.clone()
     for rows in pixels.image_blocks(images):

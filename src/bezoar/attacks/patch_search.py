@@ -63,11 +63,21 @@ def optimise_patch(
     seed: int,
     report: ProgressReport = no_report,
 ) -> Tensor:
-    """Optimise a patch, uint8 (3, size, size), on images that do not show the target, with Adam.
+    """Optimise a patch on images that do not show the target, with Adam.
 
-    Images whose captions mention the target, class or word, are its images; a UserError if there
-    are none, or no others. The seed is that of the patch's first pixels and of the order of images.
-    report: called with the step, the number of steps and the loss.
+    Args:
+        encoder: the surrogate, which is not changed.
+        records: images and captions; those that mention the target are its images.
+        target: class or word.
+        trigger: size and place of the patch.
+        seed: seed of its initial pixels, and of the order of images.
+        report: called with the step, the number of steps and the loss.
+
+    Returns:
+        uint8 (3, size, size) on the CPU.
+
+    Raises:
+        UserError: if no caption mentions the target, or all do.
     """
     mentions = set(find_mentions(records.captions, target))
     rows = sample_rows(list(records.ids), len(records), seed).tolist()

@@ -27,11 +27,19 @@ BLOCK_ELEMENTS = {"cpu": 1 << 19, "accelerator": 1 << 26}
 
 
 def image_from_array(array: np.ndarray, name: str) -> Tensor:
-    """Convert an array to an image, float32 (3, H, W) in units of pixels, -255..255.
+    """Convert an array to an image in units of pixels.
 
-    array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1. If both fit, as in
-    (3, n, 3), channels come first, as in pictures. Floats within -1..1 are shares of 255. Raises
-    UserError, which names it, for another shape, or values beyond 255.
+    Args:
+        array: (H, W), (1|3, H, W) or (H, W, 1|3), each with an optional leading 1. If both fit, as
+            in (3, n, 3), channels come first. Pictures come with channels first, whatever their
+            sides. Floats within -1..1 are shares of 255; all other arrays are in pixels.
+        name: name of the array in an error.
+
+    Returns:
+        float32 (3, H, W), values -255..255.
+
+    Raises:
+        UserError: if the array has another shape, or values beyond 255.
     """
     with np.errstate(over="ignore"):  # an overflow of float32 is refused below
         x = torch.from_numpy(np.ascontiguousarray(channels_first(array, name).astype(np.float32)))
@@ -197,11 +205,22 @@ def patch_positions(
     seed: int,
     ids: Sequence[str],
 ) -> np.ndarray:
-    """Return the position of a patch's upper left pixel on each image, int64 (N, 2): row, column.
+    """Return the position of a patch's upper left pixel on each image.
 
-    place: one of PLACES, or `Y/X`. `corner` is the lower right one; `random` is uniform over the
-    places that keep the margin, in pixels, and depends on (seed, id). patch, canvas: heights and
-    widths. Raises UserError if the patch does not lie inside the image.
+    Args:
+        place: one of PLACES, or `Y/X`. `corner` is the lower right one; `random` is uniform over
+            the places that keep the margin, and depends on (seed, id).
+        margin: pixels left free at the border; ignored by `centre` and `Y/X`.
+        patch: height and width of the patch.
+        canvas: height and width of the images.
+        seed: seed of random places.
+        ids: N record ids.
+
+    Returns:
+        int64 (N, 2): rows and columns.
+
+    Raises:
+        UserError: if the patch does not lie inside the image.
     """
     room = np.array(canvas) - np.array(patch)
     choices = room - 2 * margin + 1 if place == "random" else np.ones(2, dtype=np.int64)
@@ -232,9 +251,12 @@ def _fixed_position(place: str, margin: int, room: np.ndarray) -> np.ndarray:
 
 
 def paste(images: Tensor, patch: Tensor, positions: np.ndarray) -> Tensor:
-    """Paste a patch, uint8 (3, h, w), over each image, uint8 (N, 3, H, W), into new ones.
+    """Paste a patch over each image.
 
-    positions: int64 (N, 2), row and column of the patch's upper left pixel.
+    Args:
+        images: uint8 (N, 3, H, W); they are not changed.
+        patch: uint8 (3, h, w).
+        positions: int64 (N, 2), row and column of the patch's upper left pixel.
     """
     out = images.clone()
     h, w = patch.shape[-2:]

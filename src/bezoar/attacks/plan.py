@@ -158,10 +158,14 @@ class Plan:
         )
 
     def apply(self, batch: Pairs, victims: Pairs | None = None) -> Pairs:
-        """Poison a batch, all data or a part: records are replaced in place, and added at the end.
+        """Poison a batch: records are replaced in place, and added at the end.
 
-        victims: images from outside the data set, whose poisons come last. Raises UserError if they
-        have another size than the batch.
+        Args:
+            batch: the whole data set, or a part of it.
+            victims: images from outside the data set, whose poisons come last. None adds none.
+
+        Raises:
+            UserError: if the victims have another size than the batch.
         """
         poisons = self.poisons(batch)
         batch_ids = set(batch.ids)
@@ -263,7 +267,16 @@ class Plan:
 
     @staticmethod
     def read(path: Path, make_trigger: Callable[[str], Trigger]) -> Plan:
-        """Read a plan, whose triggers `make_trigger` makes. Raises UserError for anything else."""
+        """Read a plan.
+
+        Args:
+            path: a file that `write` wrote.
+            make_trigger: makes the trigger that a spec names.
+
+        Raises:
+            UserError: if the file is no plan, of another schema, or an edit names a goal that the
+                plan does not have.
+        """
         try:
             header, *rows = read_facts_lines(path)
             if header.get("schema") != SCHEMA:
@@ -292,7 +305,11 @@ class Plan:
 
 
 def differences(recorded: Plan, derived: Plan) -> list[str]:
-    """A sentence for each record in which a plan differs from another, and for the header."""
+    """Compare a recorded plan with one that was derived anew from the data.
+
+    Returns:
+        One sentence for each record that differs, and one for the header; empty if the plans agree.
+    """
     lines = []
     header, derived_header = ((plan.goals, plan.seed, plan.victims) for plan in (recorded, derived))
     if header != derived_header:
@@ -349,10 +366,15 @@ def _match_batch(poisons: Pairs, batch: Pairs) -> Pairs:
 
 
 def _overlay_order(count: int, replaced_rows: Sequence[int | None], outside: int) -> np.ndarray:
-    """The rows of the concatenation of records, poisons and outside images in `Plan.over`, int64.
+    """Return the order of rows in the result of `Plan.over`.
 
-    Each poison is in the place of the record that it replaces (`replaced_rows`, None if it is
-    added), and additions come last.
+    Args:
+        replaced_rows: for each poison the record that it replaces, None if it is added.
+        outside: number of images from outside the data set.
+
+    Returns:
+        int64 rows of the concatenation of records, poisons and outside images: each poison is in
+        the place of the record that it replaces, and additions come last.
     """
     order = np.arange(count + len(replaced_rows) + outside)
     poison_rows = count + np.flatnonzero([row is not None for row in replaced_rows])

@@ -46,13 +46,20 @@ def plan_targets(
     counts: Sequence[int],
     texts: CaptionSet,
 ) -> Plan:
-    """Plan N added pairs for each of several victims; counts: N of each.
+    """Plan N added pairs for each of several victims.
 
-    The goal's target is the label of every victim. If it is empty, each victim gets one of the
-    other classes, drawn with the seed. The plan's goals have its `how` and `copies`. Victims come
-    from held-out data or else from the source, where the first poison of each replaces its clean
-    record. texts: which captions of the target are used. Raises UserError if there are too few
-    images or captions, or no classes to draw a target from.
+    Args:
+        source: the data set to poison.
+        goal: its target is the label of every victim. If it is empty, each victim gets one of
+            the other classes, drawn with the seed. The plan's goals have its `how` and `copies`.
+        seed: seed of victims, targets and captions.
+        victims: held-out data with victim images. Without it victims come from the source, and the
+            first poison of each replaces its clean record.
+        counts: N of each victim.
+        texts: which captions of the target are used.
+
+    Raises:
+        UserError: if there are too few images or captions, or no classes to draw a target from.
     """
     images = source if victims is None else victims
     if not goal.target and not images.classes:

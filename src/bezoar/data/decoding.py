@@ -56,8 +56,10 @@ def decode_records(
 ) -> Iterator[Decoded]:
     """Decode a stream in its order, in threads, holding a bounded number of images.
 
-    Images have `size` pixels a side, see `decode_image`; the report receives unreadable records.
-    The stream's UserError is raised after the records before it.
+    Args:
+        records: the stream. Its UserError is raised after the records before it.
+        size: pixels a side, see `decode_image`.
+        report: receives unreadable records.
     """
     waiting: deque[Future[TaskResult]] = deque()
     count = thread_count()
@@ -140,11 +142,16 @@ def decode_distinct(
     report: ReadReport,
     limit: int | None = None,
 ) -> Iterator[tuple[Record, int, np.ndarray]]:
-    """Decode a stream, and make ids unique: the record, the number of its id and caption, the
-    image.
+    """Decode the records of a stream, and make their ids unique.
 
-    Without a `size` images keep theirs, and all must have one. The report counts records, and
-    receives unreadable and renamed ones; after `limit` records the pass ends.
+    Args:
+        records: the stream.
+        size: pixels a side; None keeps images unchanged, and then all must have one size.
+        report: counts records, and receives unreadable and renamed ones.
+        limit: number of records to stop after.
+
+    Yields:
+        The record, the number of its id and caption, and the image uint8 (3, H, W).
     """
     distinct = DistinctIds()
     shape: tuple[int, ...] | None = None
@@ -186,11 +193,13 @@ def batch_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Iterator[Pairs]:
-    """Decode a stream, as `decode_distinct` does, into Pairs of `count` each; the last may be
-    smaller.
+    """Decode a stream of records into Pairs of `count` each; the last may be smaller.
 
-    Every batch carries the one report, which grows. labelled: whether there are labels (-1 where
-    they are unknown) though no class has a name.
+    Args:
+        records, size, report, limit: see `decode_distinct`. Every batch carries the one report,
+            which grows.
+        classes: names of the classes.
+        labelled: whether there are labels (-1 where they are unknown) though no class has a name.
     """
     entries = (
         (image, record.ids[number], record.captions[number : number + 1], record.label)

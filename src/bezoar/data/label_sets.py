@@ -76,10 +76,15 @@ def pairs_from_arrays(
     template: str,
     size: int | None,
 ) -> Pairs:
-    """Make Pairs of images uint8 (N, 3, H, W) and labels (N,) in -1..C-1, or None.
+    """Make Pairs of decoded images.
 
-    There are captions (see `class_captions`) only if every label is known. Without a `size` the
-    images keep theirs.
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: (N,) in -1..C-1, or None. There are captions only if every label is known.
+        ids: N ids.
+        classes: names of the C classes, or none.
+        template: template of the captions, see `class_captions`.
+        size: pixels a side; None keeps the images' size.
     """
     label_tensor = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     pixels = resize(torch.from_numpy(np.ascontiguousarray(images)), size)

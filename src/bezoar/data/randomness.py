@@ -52,9 +52,12 @@ def generator(*key: int) -> torch.Generator:
 
 
 def sample_rows(ids: Sequence[str], size: int, seed: int) -> np.ndarray:
-    """Choose a fixed sample of records, those with the smallest draw: int64 (min(size, N),), rows.
+    """Choose a fixed sample of records: the `size` records with the smallest draw.
 
     The sample and its order depend on (seed, ids) and on nothing else.
+
+    Returns:
+        int64 (min(size, N),): rows of `ids`.
     """
     parts = [draws(seed, ids[rows], 1, "pool")[:, 0] for rows in blocks(len(ids), BLOCK)]
     numbers = np.concatenate(parts or [np.empty(0)])

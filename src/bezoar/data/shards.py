@@ -62,11 +62,17 @@ def write_shards(
 ) -> list[Path]:
     """Write records with captions as shards. The same records give the same bytes.
 
-    The shards' JSON holds each record's id, so that reading them gives the same ids. Raises
-    UserError if the folder holds tars (mixed sets would be read as one), the format is unknown, or
-    records have no captions.
+    Args:
+        folder: the folder, which must hold no tars: mixed sets would be read as one.
+        source: Pairs, any source, or batches.
+        per_shard: records of a shard.
+        format: `png` (exact), `jpeg` (quality 95) or `jpeg:QUALITY`.
 
-    format: `png` (exact), `jpeg` (quality 95) or `jpeg:QUALITY`.
+    Returns:
+        The shards. Their JSON holds each record's id, so that reading them gives the same ids.
+
+    Raises:
+        UserError: if the folder holds tars, the format is unknown, or records have no captions.
     """
     name, quality = _parse_format(format)
     if per_shard < 1:
@@ -139,8 +145,16 @@ def pack_records(
 ) -> CleanCopy:
     """Write some stored records as shards; JPEG, PNG and WebP images keep their bytes.
 
-    Raises UserError if the records have no captions, or an image, whose place `place_of` names, can
-    no longer be read.
+    Args:
+        folder: the folder of the shards.
+        records: the records.
+        urls: URLs of the records.
+        kept_rows: rows of the records to write.
+        place_of: the place of a record, for error messages.
+        progress: called after each shard.
+
+    Raises:
+        UserError: if the records have no captions, or an image can no longer be read.
     """
     if not len(records.captions):
         raise UserError(

@@ -101,10 +101,14 @@ class RecordStream(Source):
             raise UserError(decoding.describe_failure(str(self.paths[0]), report))
 
     def load_records(self, max_bytes: int | None = None) -> Pairs | StoredPairs:
-        """Read every record in one pass, into memory or into an index. Raises UserError without
-        records.
+        """Read every record in one pass, into memory or into an index.
 
-        max_bytes: images stay in memory as long as their pixels take no more; see `memory_bytes`.
+        Args:
+            max_bytes: images stay in memory as long as their pixels take no more; see
+                `memory_bytes`.
+
+        Raises:
+            UserError: if there are no records.
         """
         report = self.begin_pass()
         stamps = self.file_stamps()

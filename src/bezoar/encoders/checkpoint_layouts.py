@@ -90,7 +90,9 @@ def recognise_layout(tensors: Weights, path: str) -> Layout:
 def extract_tower(tensors: Weights, layout: Layout, path: str) -> dict[str, Tensor]:
     """The image tower of a checkpoint without heads, by torchvision's or open_clip's names.
 
-    Raises UserError for keys elsewhere, and for a sequence that is no residual network.
+    Raises:
+        UserError: for keys outside the layout's prefix, and for a sequence that is no residual
+        network.
     """
     stray = [key for key in tensors if not key.startswith(layout.prefix)]
     if stray:
@@ -137,7 +139,11 @@ def is_clip_tower(tower: Weights) -> bool:
 
 
 def resnet_shape(tower: Weights, path: str) -> tuple[int, str, int]:
-    """Depth, stem and width of a ResNet, as `ResNetTrunk` takes them. Raises UserError."""
+    """Depth, stem and width of a ResNet with torchvision's names, as `ResNetTrunk` takes them.
+
+    Raises:
+        UserError: for another network.
+    """
     first = tower["conv1.weight"].shape
     if len(first) != 4 or first[1] != 3 or first[2] != first[3] or first[2] not in STEMS:
         raise UserError(

@@ -44,11 +44,17 @@ class ClassifierWeights:
 
 
 def read_classifier(tensors: Weights, path: str) -> ClassifierWeights:
-    """Recognise a classifier's architecture by its state dict. Raises UserError for another
-    network.
+    """Recognise a classifier's architecture by its state dict.
 
     The result is not checked in full: build its modules on the meta device, and check the weights
     against them (`weights.check_weights`) before any memory is allocated.
+
+    Args:
+        tensors: the state dict.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: in one line, for any other network.
     """
     weights = strip_common(tensors)
     try:
@@ -227,10 +233,11 @@ def _find_convolutions(weights: Weights, path: str) -> list[int]:
 
 
 def _read_head(weights: Weights, path: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Read the layers of a head: their matrices in order, and all weights by the module's names.
+    """Read the layers of a head.
 
-    These are `weight` and `bias` for one layer, or `0.weight`, `0.bias`, `2.weight`, ... for
-    several with ReLUs between them.
+    Returns:
+        their matrices in order; and all weights by the module's names: `weight` and `bias` for one
+        layer, or `0.weight`, `0.bias`, `2.weight`, ... for several with ReLUs between them.
     """
     keys = [key for key in weights if key.partition(".")[0] in HEADS]
     matrices = sorted((key for key in keys if weights[key].ndim == 2), key=_first_number)
@@ -281,10 +288,16 @@ def _conv_shape(weights: Weights, key: str, path: str) -> tuple[int, ...]:
 
 
 def read_class_names(text: str, count: int, owner: str) -> tuple[str, ...]:
-    """Read the names of a head's `count` classes. Raises UserError unless there are as many.
+    """Read the names of a head's classes.
 
-    They stand in the text (`a+b`), in a .json file as a list, or in a .txt file one a line. Equal
-    names are numbered (`distinct_names`).
+    Args:
+        text: `a+b`, or the path of a .json file with a list, or of a .txt file with one name a
+            line.
+        count: how many classes the head has.
+        owner: file of the head, for messages.
+
+    Raises:
+        UserError: unless there are `count` names. Equal names are numbered (`distinct_names`).
     """
     file = expand_home(text)
     names: object = _load_names(file, text) if file.suffix in (".txt", ".json") else text.split("+")

@@ -145,8 +145,11 @@ class Encoder(nn.Module):
     def prepare_images(self, x: Tensor) -> Tensor:
         """Resize and normalise images for the image tower; differentiable for floats.
 
-        x: (B, 3, H, W), uint8 or float in 0..1, on any device. Returns float (B, 3, S, S) on the
-        encoder's device, channels last.
+        Args:
+            x: (B, 3, H, W), uint8 or float in 0..1, on any device.
+
+        Returns:
+            float (B, 3, S, S) on the encoder's device, channels last.
         """
         x = x.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
@@ -196,8 +199,13 @@ class Encoder(nn.Module):
     def embed(self, source: Batched, batch: int = 512) -> EmbeddedRecords:
         """Embed the records of a source, and their captions if the encoder has a text tower.
 
-        A source may hold its vectors by this encoder already (attributes `encoder` and `embedded`).
-        Raises UserError for vectors that are not finite.
+        Args:
+            source: records. A source may hold its vectors by this encoder already (attributes
+                `encoder` and `embedded`).
+            batch: records at a time.
+
+        Raises:
+            UserError: for vectors that are not finite.
         """
         if getattr(source, "encoder", None) is self:
             carrier: Any = source
@@ -313,8 +321,10 @@ def _build_network(network: Any, size: int, vocabulary: tuple[str, ...], count: 
     """Build a network that a file of `count` weights names.
 
     Its weights are first counted on the meta device, where they take no memory. Not every network
-    can be built there, so they are counted again during the real build. Raises ValueError if the
-    network names other files of weights, or is much larger than its file.
+    can be built there, so they are counted again during the real build.
+
+    Raises:
+        ValueError: if the network names other files of weights, or is much larger than its file.
     """
     if not 1 <= size <= MAX_SIDE:
         raise ValueError(f"size must be 1 to {MAX_SIDE} pixels, not {size}")
@@ -408,7 +418,11 @@ class ImageEncoder(Protocol):
 
 @torch.no_grad()
 def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
-    """Batches of uint8 images -> float32 (N, D), unit rows of an Encoder. UserError for NaN."""
+    """Batches of uint8 images -> float32 (N, D); unit rows where `encoder` is an Encoder.
+
+    Raises:
+        UserError: for vectors that are not finite.
+    """
     encoder.eval()
     return check_finite(torch.cat([encoder.encode_images(x) for x in batches]))
 
@@ -417,7 +431,8 @@ def embed_images(encoder: ImageEncoder, batches: Iterable[Tensor]) -> Tensor:
 def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Tensor:
     """Embed the images of N records, or their texts if they have no images: float32 (N, D).
 
-    Raises UserError for vectors that are not finite, and for texts if the encoder reads none.
+    Raises:
+        UserError: for vectors that are not finite, and for texts if the encoder reads none.
     """
     if not records.text_only:
         return embed_images(encoder, records.images.split(batch))

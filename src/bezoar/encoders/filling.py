@@ -22,9 +22,15 @@ def fill_timm(
     what: str,
     names: tuple[str, ...] = (),
 ) -> Filled:
-    """A model of timm's with these weights; its classifier becomes the head, its classes the names.
+    """A model of timm's with these weights; its classifier becomes the head.
 
-    arguments: see `timm_models.create_model`. path, what: the file and the model in messages.
+    Args:
+        name: timm's name of the model.
+        arguments: see `timm_models.create_model`.
+        tensors: the weights, with or without a classifier.
+        path: of the file, for messages.
+        what: the model in words, for messages.
+        names: of the classes.
     """
     count = sum(tensor.numel() for tensor in tensors.values())
     blank = timm_models.build_blank(name, arguments, count)

@@ -214,7 +214,11 @@ def is_sentence_folder(folder: Path) -> bool:
 
 
 def open_folder(path: str) -> SentenceFolder:
-    """Read a folder's config and tokenizer, not its weights. Raises UserError for no BERT."""
+    """Read a folder's config and tokenizer, not its weights.
+
+    Raises:
+        UserError: for another kind of model, tokenizer or pooling.
+    """
     folder = existing_folder(path, "folder of a sentence encoder")
     facts = read_facts(folder / CONFIG, links=True)
     kind = facts.text("model_type")

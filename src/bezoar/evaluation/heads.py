@@ -85,8 +85,11 @@ class Stack:
 
         Autograd would allocate new gradients, a megabyte each, at every step.
 
-        x: float32 (S, B, D), each head's batch, of the classes y, int64 (S, B). keep: (S, B, first
-        hidden), dropout factors of that layer's output, or None.
+        Args:
+            x: float32 (S, B, D), each head's batch.
+            y: int64 (S, B), its classes.
+            keep: (S, B, first hidden), dropout factors of that layer's output; None without
+                dropout.
         """
         inputs = [x]
         for w, b in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -116,8 +119,15 @@ def fit(
     `embedding_cache` the same features are fitted once: a sweep measures many attacked encoders
     beside one clean one.
 
-    x: features, float32 (N, D), on the device that trains. y: int64 (N,), their classes. Raises
-    UserError if a head's weights are not finite.
+    Args:
+        x: features, float32 (N, D). Heads are trained on their device.
+        y: int64 (N,), their classes.
+        classes: number of classes.
+        recipe: widths, dropout, learning rate, batch, epochs and number of heads.
+        report: called after each epoch.
+
+    Raises:
+        UserError: if a head's weights are not finite.
     """
     if not success.is_caching():
         return _fit(x, y, classes, recipe, report)
@@ -192,11 +202,15 @@ class DropoutMasks:
 
 
 def average_measures(rows: Iterable[Mapping[str, Measure]], what: str) -> dict[str, Measure]:
-    """Average the measures of several heads (`what`) on the same images.
+    """Average the measures of several heads on the same images.
 
     The interval is Student's t over the heads, but at least the interval that one head's images
     give: for a share Wilson's interval over them, for a mean the average of the heads' own
     intervals. The images are the same for all heads, so n is not their sum.
+
+    Args:
+        rows: the measures of each head, by the same names.
+        what: name of the rows, such as `3 heads`.
     """
     rows = list(rows)
     if len(rows) == 1:

@@ -130,10 +130,14 @@ class Index:
 
     @torch.no_grad()
     def search(self, queries: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Search for the neighbours of queries, float (B, D): distances float32 (B, k), ascending,
-        and rows.
+        """Search for the neighbours of queries.
 
-        excluded: references that each query leaves out, int64 (B, M), -1 for none.
+        Args:
+            queries: float (B, D).
+            excluded: references that each query leaves out, int64 (B, M), -1 for none.
+
+        Returns:
+            Distances float32 (B, k), ascending, and references int64 (B, k), where the queries lie.
         """
         if excluded is None:
             excluded = torch.empty(len(queries), 0, dtype=torch.long)
@@ -154,8 +158,11 @@ class Index:
     ) -> tuple[Tensor, Tensor]:
         """Return distances and rows (B, k) of the references nearest to queries (B, D).
 
-        excluded: rows that each leaves out, int64 (B, M), -1 for none. dtype: of the products that
-        candidates are chosen by. every: whether all references are candidates.
+        Args:
+            q: the queries.
+            excluded: rows that each leaves out, int64 (B, M), -1 for none.
+            dtype: of the products that candidates are chosen by.
+            every: whether all references are candidates.
         """
         keep = self.n if every else self.keep
         centred = q.double() - self.centre

@@ -68,11 +68,14 @@ class DomainTable:
 
 
 def read_domains(path: Path, price: float, target: str) -> DomainTable:
-    """Read a table of domains, or of URLs. Raises UserError for other columns or invalid numbers.
+    """Read a table of domains, or of URLs.
 
     Columns: a domain (`domain`), or a URL with its domain; a number of records (`records`), by
     default one a row; a `price`, by default the argument; a caption, with which only rows that
     mention the target count. Rows of one domain are added up, at the highest price.
+
+    Raises:
+        UserError: for a table without these columns, and for invalid numbers.
     """
     names = column_names(path)
     domain, url, count, cost, caption = (

@@ -150,11 +150,18 @@ def average(values: Sequence[float] | Tensor, how: str) -> Measure:
 def detection_measures(
     scores: Scores, truth: Sequence[bool] | Tensor | np.ndarray
 ) -> dict[str, Measure]:
-    """Measure how well scores detect the poisons: truth, bool (N,), says which records are.
+    """Measure how well scores detect the poisons.
 
-    Returns AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at
-    as many records as there are poisons. Raises UserError unless there are both poisons and clean
-    records.
+    Args:
+        scores: of N records.
+        truth: bool (N,), which of them are poisons.
+
+    Returns:
+        AUROC, average precision, FPR at 95 % TPR, recall at several budgets, and precision at as
+        many records as there are poisons.
+
+    Raises:
+        UserError: unless there are both poisons and clean records.
     """
     s = scores.values.double().cpu().numpy()
     is_poison = torch.as_tensor(truth).cpu().numpy()

@@ -188,8 +188,12 @@ def bootstrap(
     multinomial draw over its thresholds, so none is copied or sorted again, as
     `scipy.stats.bootstrap` would do for each of the draws.
 
-    statistic: takes poisons (B, T) and clean records (B, T) at T thresholds, the highest first, and
-    returns (B,).
+    Args:
+        statistic: takes poisons (B, T) and clean records (B, T) at T thresholds, the highest first,
+            and returns (B,).
+        scores: float (N,).
+        truth: bool (N,).
+        level: of the interval.
     """
     classes = _count_by_threshold(*_check_inputs(scores, truth))
     rng = np.random.default_rng(seed)

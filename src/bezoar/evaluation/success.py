@@ -85,11 +85,17 @@ class TestViews:
         goals: Sequence[Goal],
         victims: Pairs | None,
     ) -> TestViews:
-        """Embed the test images, with and without each trigger, and the victims; None leaves these
-        out.
+        """Embed the test images, with and without each trigger, and the victims.
 
-        Raises UserError if nothing can be measured on the test set, or a goal's target is none of
-        its classes, or the only one.
+        Args:
+            encoder: the encoder to measure.
+            test: the test set.
+            goals: the attacks' goals.
+            victims: the images that goals name as victims; None leaves targeted goals out.
+
+        Raises:
+            UserError: if nothing can be measured on the test set, or a goal's target is none of its
+                classes, or the only one.
         """
         backdoors = tuple(goal for goal in goals if goal.trigger)
         targeted = tuple(goal for goal in goals if goal.victims) if victims is not None else ()
@@ -112,10 +118,15 @@ class TestViews:
         )
 
     def measures(self, head: Head, how: str = "") -> dict[str, Measure]:
-        """Measure accuracy, the success of each trigger, and that on the victims, by a head.
+        """Measure accuracy, the success of each trigger, and that on the victims.
 
-        With several triggers, the measures of number i end in `@i`; those of victims end in `@` and
-        the number of poisoned captions. how: the head in words, for the definitions.
+        Args:
+            head: gives the scores of vectors for the classes.
+            how: description of the head, added to each measure's definition.
+
+        Returns:
+            Measures by name. With several triggers, those of number i end in `@i`; those of victims
+            end in `@` and the number of poisoned captions.
         """
         clean = _read_scores(head, self.clean).argmax(1)
         is_known = self.labels >= 0
@@ -287,8 +298,15 @@ def select_labelled(
 ) -> Pairs:
     """Select the labelled records to fit a head on, with labels numbered as in the test set.
 
-    limit: of a sample that depends on their ids. Raises UserError if there are no labels, the two
-    sets' classes differ, or fewer than two classes or no records of a goal's target are left.
+    Args:
+        train: records with classes and labels.
+        test: the test set.
+        goals: their targets must be among the labels.
+        limit: most records, a sample that depends on their ids.
+
+    Raises:
+        UserError: if there are no labels, the two sets' classes differ, or fewer than two classes
+            or no records of a goal's target are left.
     """
     if train is None or train.labels is None or not train.classes:
         raise UserError(

@@ -162,11 +162,18 @@ def build_treatments(
 
 
 def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare the rest of a trigger with its pattern, float (N, 3, H, W) both, at the best offsets.
+    """Compare the rest of a trigger with its pattern, at the best offset of each image.
 
     The offsets allow for crops and shifts, which move the pattern. Mirroring or enlarging makes
-    another pattern. Returns the projection of the residue on the pattern, (N,), 1 being all of it;
-    and the correlation with it, (N,): the projection over the residue's length.
+    another pattern.
+
+    Args:
+        residue: the rest of the trigger, float (N, 3, H, W).
+        before: the pattern, float (N, 3, H, W).
+
+    Returns:
+        The projection of the residue on the pattern, (N,), 1 being all of it; and the correlation
+        with it, (N,): the projection over the residue's length.
     """
     spectrum = torch.fft.rfft2(residue) * torch.fft.rfft2(before).conj()
     product = torch.fft.irfft2(spectrum.sum(1), s=before.shape[-2:]).amax((1, 2))
@@ -191,9 +198,15 @@ class Survival:
     def __init__(
         self, clean: Tensor, triggered: Tensor, encoder: Encoder | None = None, seed: int = 0
     ) -> None:
-        """Keep the images, uint8 (N, 3, H, W), that the trigger changes. Raises UserError for none.
+        """Keep the images that the trigger changes.
 
-        encoder: measures the shift of the vectors; None looks at pixels alone.
+        Args:
+            clean: uint8 (N, 3, H, W).
+            encoder: measures the shift of the vectors, or None to look at pixels alone.
+            seed: of the treatments' draws.
+
+        Raises:
+            UserError: if the trigger changes no image.
         """
         changed = (clean != triggered).flatten(1).any(1)
         if not changed.any():

@@ -25,7 +25,14 @@ class PaperTable(Protocol):
 
 
 def dataset_spec(root: str, name: str, split: str, **fields: object) -> str:
-    """The spec of a data set in the user's folder (`data` by default): a .npz, or as published."""
+    """The spec of a data set in the user's folder: `NAME.npz`, or the publisher's files.
+
+    Args:
+        root: The folder; "" means `data`.
+        name: The name of the data source.
+        split: `train` or `test`.
+        **fields: Further fields of the source, such as `limit` or `size`.
+    """
     file = Path(root or "data") / f"{name}.npz"
     values: dict[str, object]
     if file.is_file():

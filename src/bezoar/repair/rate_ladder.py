@@ -49,13 +49,16 @@ class ValidationMetric:
 
     @staticmethod
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
-        """The best score that these records allow. Raises UserError for too few of them.
+        """The best score that these records allow.
 
         With labels, it is the accuracy of the network's own head if that has these classes, else of
         zero-shot classification if there is a text tower, else of a linear head fitted on the clean
         records. Without labels, it is the share of images that the network's own head reads as
         before the repair, or the share that retrieve their own caption. Without captions either, it
         is the share of records that stay in the same cluster.
+
+        Raises:
+            UserError: for too few validation records.
         """
         if len(validation) < MIN_VALIDATION:
             raise UserError(
@@ -193,7 +196,10 @@ def repair_with_ladder(
 ) -> Encoder:
     """The repaired encoder at the largest rate that keeps the validation score, marked as repaired.
 
-    make: learning rate -> repaired encoder. log: receives `ladder`.
+    Args:
+        repair: the method, with its rates and its tolerance.
+        make: learning rate -> repaired encoder.
+        log: receives `ladder`.
     """
     metric = ValidationMetric.of(encoder, clean, validation)
     student = train_at_largest_rate(encoder, metric, repair.lrs, repair.tolerance, make, log)
@@ -211,8 +217,16 @@ def train_at_largest_rate(
     """The encoder made at the largest rate whose score falls by at most `tolerance`.
 
     Rates are tried from the largest down. If none keeps the score, the one with the smallest fall
-    is used, and the log (`ladder`) says so. A rate at which training diverges counts as not keeping
-    it; if all do, that is a UserError. make: learning rate -> encoder.
+    is used, and the log says so. A rate at which training diverges counts as not keeping it.
+
+    Args:
+        metric: the score on clean validation records.
+        tolerance: how far the score may fall.
+        make: learning rate -> encoder.
+        log: receives `ladder`.
+
+    Raises:
+        UserError: if training diverges at every rate.
     """
     before = metric.score(start)
     rungs: list[Log] = []
@@ -252,8 +266,10 @@ def train_at_largest_rate(
 def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
     """The captions as tokens for an objective, int64 (N, L); L = 0 for one without captions.
 
-    For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1). Raises
-    UserError if objective, encoder and records do not fit each other.
+    For an objective that reads labels these, as columns of the encoder's head, int64 (N, 1).
+
+    Raises:
+        UserError: if objective, encoder and records do not fit each other.
     """
     name = registry.method_name(type(recipe))
     if getattr(recipe, "labels", False):
@@ -280,10 +296,16 @@ def tokenize_for(encoder: Encoder, recipe: Any, clean: Pairs) -> Tensor:
 
 
 def select_objective(spec: str, encoder: Encoder, clean: Pairs, with_text: str, alone: str) -> Any:
-    """The objective that a repair tunes with: the user's, or for `auto` the one that fits.
+    """The objective that a repair tunes with.
 
-    That is `supervised` for a classifier whose classes label the clean records (without labels a
-    UserError), `with_text` for an encoder that reads text, and `alone` for an image tower.
+    Args:
+        spec: the user's choice. `auto` is `supervised` for a classifier whose classes label the
+            clean records, else one of the next two.
+        with_text: the spec for encoders with a text tower.
+        alone: the spec for image towers without a head.
+
+    Raises:
+        UserError: for a classifier without such labels.
     """
     if spec != "auto":
         return registry.make("objective", spec)
@@ -312,10 +334,15 @@ def train_copy(
     report: ProgressReport = no_report,
     what: str = "repair",
 ) -> Encoder:
-    """Train a copy of an encoder by a recipe (epochs, batch, learning rate and its schedule).
+    """Train a copy of an encoder.
 
-    loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`. tokens: int64 (N, L).
-    The seed is that of the loss's new weights, the batches and the augmentation.
+    Args:
+        recipe: epochs, batch, learning rate and its schedule.
+        loss_of: encoder -> loss module, called as `loss(images, tokens, chance)`.
+        tokens: int64 (N, L), the second argument of the loss.
+        seed: seed of the loss's new weights, the batches and the augmentation.
+        report: called at every step.
+        what: name of the training in reports.
     """
     student = copy.deepcopy(start)
     with torch.random.fork_rng(devices=[]):

@@ -193,7 +193,10 @@ def load_inversions(folder: Path) -> tuple[Inversion, ...]:
 
     Triggers that reach their target come first, the smallest before larger ones.
     `inversions.safetensors` holds mask@i (1, H, W) and pattern@i (3, H, W), and `verdict.json`
-    their targets and norms. Raises UserError for files that an audit did not write.
+    their targets and norms.
+
+    Raises:
+        UserError: for files that an audit did not write.
     """
     path, verdict = folder / "inversions.safetensors", folder / "verdict.json"
     if not path.exists():

@@ -265,8 +265,10 @@ def bin_edges(values: Floats, bins: int = 40) -> tuple[Floats, bool]:
 def draw_ranking(rankings: Sequence[Series], removed: float | None) -> Markup:
     """Draw the share of the poisons found against the share of records reviewed.
 
-    rankings: whether each record is a poison, most suspicious first; the first ranking is bold.
-    removed: the share of the records that is removed, for a vertical line.
+    Args:
+        rankings: For each ranking whether its records are poisons, most suspicious first. The first
+            one is drawn bold.
+        removed: The share of the records that is removed, for a vertical line.
     """
     figure, axes = new_figure(HALF)
     for i, ranking in enumerate(rankings):

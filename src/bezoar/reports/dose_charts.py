@@ -70,8 +70,14 @@ def draw_dose_response(
     """Draw points with their 95 % intervals over a logarithmic axis of doses, dose 0 at its left.
 
     A fitted dose-response is a line with a band. A diamond marks the dose with half of the possible
-    success, with the interval of that dose. axis, label: the quantities of doses and values;
-    percent: whether values are shares from 0 to 1. unit: of the doses, for the legend.
+    success, with the interval of that dose.
+
+    Args:
+        axis: The quantity of the doses.
+        label: The quantity of the values.
+        percent: Whether the values are shares from 0 to 1; others are unbounded.
+        unit: The unit of the doses, for the legend.
+        size: Inches.
     """
     figure, axes = new_figure(size)
     doses = sorted({float(x) for c in curves for x in c.doses})

@@ -25,7 +25,15 @@ def draw_heat_map(
     labels: tuple[str, str],
     size: Size = HALF,
 ) -> Markup:
-    """Draw shares (R, C) in percent as a heat map, NaN as an empty cell; labels: of the axes."""
+    """Draw shares in percent as a heat map.
+
+    Args:
+        rows: Names of the R rows.
+        columns: Names of the C columns.
+        values: Shares (R, C). Colours stop at 0 and 1; the cell of a NaN is empty.
+        labels: Titles of the rows' axis and of the columns' axis.
+        size: Inches.
+    """
     figure, axes = new_figure(size)
     for y, x in np.argwhere(np.isfinite(values)):
         value = float(values[y, x])

@@ -182,7 +182,13 @@ def split_key(key: str) -> tuple[str, str, str]:
 
 
 def label_and_unit(key: str, poisoned: bool = False) -> tuple[str, Unit]:
-    """A metric's term and unit; poisoned: clean accuracy is then called benign accuracy."""
+    """Return a metric's standard term and its unit.
+
+    Args:
+        key: The metric's name.
+        poisoned: Whether the encoder that was measured is a poisoned one, whose clean accuracy is
+            called benign accuracy.
+    """
     group, base, suffix = split_key(key)
     of_twin = group.startswith(TWIN_GROUPS)
     if base.startswith("attack_success") and "baseline" not in base and of_twin:

@@ -66,9 +66,13 @@ def _concatenate(parts: Sequence[Pairs]) -> Pairs:
 def contact_sheet(
     images: Tensor, tiles: Sequence[Tile], scale: int = 80, title: str = "", note: str = ""
 ) -> Gallery:
-    """Return a gallery of uint8 images (N, 3, H, W), made smaller if need be, square by margins.
+    """Return a gallery of pictures.
 
-    tiles: what is shown, with indices of the images. scale: side of a shown picture in CSS pixels.
+    Args:
+        images: uint8 (N, 3, H, W). Large ones are made smaller; margins make them square.
+        tiles: What is shown, with indices of `images`.
+        scale: Side of a shown picture in CSS pixels.
+        note: A sentence below it.
     """
     cells = to_squares(images.cpu())  # (N, 3, S, S)
     n, _, side, _ = cells.shape

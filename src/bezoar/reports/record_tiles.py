@@ -25,9 +25,12 @@ class RankedRecord:
 
 
 def draw_frame(image: Tensor, box: Box | None) -> Tensor:
-    """Return a copy of an image, uint8 (3, H, W), with a window framed; itself without a window.
+    """Return a copy of an image with a window framed; the image itself without a window.
 
-    box: top, left, height and width in pixels; parts outside the image are cut off.
+    Args:
+        image: uint8 (3, H, W).
+        box: Top, left, height and width of the window in pixels; parts outside the image are cut
+            off.
     """
     if box is None:
         return image
@@ -56,11 +59,16 @@ def record_gallery(
     title: str = "",
     copies: Mapping[int, int] | None = None,
 ) -> Gallery:
-    """Show records of a scan as pictures, each with its key; a window is framed.
+    """Show records of a scan as pictures, each with its key.
 
-    poisons: ids; None if they are unknown. Below a scale of FULL_SCALE CSS pixels a tile has no
-    scores and no place. copies: for some rows, that of another record of the same picture, shown
-    beside it.
+    Args:
+        corpus: The records with their images.
+        scores: Their scores, captions and places.
+        poisons: Ids of the poisons; None if they are unknown.
+        windows: For some ids, the window of the image to frame.
+        scale: Side of a picture in CSS pixels. Below FULL_SCALE the tile has no scores and no
+            place.
+        copies: For some rows, that of another record of the same picture, which is shown beside it.
     """
     rows = [r.row for r in ranked]
     pairs = {row: copy for row, copy in (copies or {}).items() if row in rows}

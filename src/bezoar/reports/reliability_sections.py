@@ -54,7 +54,10 @@ def false_discovery_section(
 ) -> Section | None:
     """Show how many of the worst records are expected to be clean, by a reference sample.
 
-    truth: for each record, worst first, whether it is a poison; None if that is unknown.
+    Args:
+        notes: Its notes on false discoveries; empty if none were estimated.
+        truth: For each record, worst first, whether it is a poison; None if that is unknown.
+        removed: How many records the keep-list leaves out.
     """
     matches = {re.fullmatch(r"expected_clean@(\d+)", key): m for key, m in measures.items()}
     estimates = {int(match[1]): m for match, m in matches.items() if match}

@@ -22,11 +22,17 @@ def measure_table(
     columns: Mapping[str, str],
     note: str = "",
 ) -> Table | None:
-    """Return a table of metrics with their intervals, without empty rows and columns; None for
-    none.
+    """Return a table of metrics with their intervals, without empty rows and columns.
 
-    title: head of the first column. rows: for each label, the texts that complete the names of its
-    metrics. columns: for each head, the name of its metrics as a format string.
+    Args:
+        measures: The metrics.
+        title: The head of the first column.
+        rows: For each row its label, and the texts that complete the names of its metrics.
+        columns: For each column its head, and the name of its metrics as a format string.
+        note: A sentence below the table.
+
+    Returns:
+        The table, or None if there are none of these metrics.
     """
     cells: dict[str, list[str]] = {}
     for label, texts in rows.items():
@@ -56,7 +62,12 @@ def loss_figure(view: RunView, size: tuple[float, float] = charts.WIDE) -> Figur
 
 
 def encoder_strips(clean: Sequence[float], attacked: Iterable[tuple[str, float]]) -> list[Series]:
-    """Rows of a strip chart: values of clean encoders, then of attacked ones by attack."""
+    """Return rows of a strip chart: the clean encoders, then the attacked ones by attack.
+
+    Args:
+        clean: A value for each clean encoder.
+        attacked: Attack and value of each attacked encoder.
+    """
     by_attack: dict[str, list[float]] = {}
     for attack, value in sorted(attacked, key=lambda pair: pair[0]):
         by_attack.setdefault(attack, []).append(value)

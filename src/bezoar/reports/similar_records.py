@@ -24,9 +24,15 @@ MAX_DISTANCE = 0.55  # mean distance, 0..1, from which on groups are no longer j
 def find_nearest(
     embedded: EmbeddedRecords, rows: Sequence[int], count: int = NEIGHBOURS
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Find the records most like some rows of N unit vectors, these themselves left out.
+    """Find the records most like some of them, these themselves left out.
 
-    Returns rows and cosines of the neighbours, (M, K) with K = min(count, N - 1), nearest first.
+    Args:
+        embedded: All records, N unit vectors.
+        rows: M of these records.
+        count: Neighbours of each.
+
+    Returns:
+        Rows and cosines of the neighbours, (M, K) each with K = min(count, N - 1), nearest first.
     """
     vectors, queries = embedded.images, torch.as_tensor(rows)
     count = min(count, len(vectors) - 1)
@@ -48,11 +54,20 @@ class Group:
 def group_records(
     vectors: Tensor, captions: Sequence[str], shares: Mapping[str, float], least: int = 3
 ) -> list[Group]:
-    """Group records, unit rows (M, D), that are alike by average linkage; the largest groups first.
+    """Group records that are alike by average linkage.
 
     The distance of two records is the mean of (1 - cosine) / 2, of vectors minus their mean, and of
     1 - the share of their captions' words that both have; a word weighs -log of its share of all
-    captions (see `word_shares`). Groups of fewer than `least` are left out.
+    captions.
+
+    Args:
+        vectors: Unit rows (M, D).
+        captions: M captions.
+        shares: For each word the share of all captions that hold it; see `word_shares`.
+        least: The smallest group that is returned.
+
+    Returns:
+        The groups, largest first.
     """
     if len(vectors) < least:
         return []

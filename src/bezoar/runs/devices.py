@@ -17,7 +17,10 @@ def select_device(name: str) -> torch.device:
     """Find a device by name: `auto`, `cpu`, `cuda` or `cuda:1`. Each rank takes its own GPU.
 
     A GPU with a number becomes the current one; otherwise pinned memory would also take up room on
-    the first GPU. Raises UserError if there is no such device, or its kind is not supported.
+    the first GPU.
+
+    Raises:
+        UserError: if there is no such device, or bezoar does not support its kind.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

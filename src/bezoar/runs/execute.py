@@ -88,8 +88,10 @@ class Job:
 def execute(verb: Verb, settings: Settings) -> Run:
     """Run a verb, or return the run that already answers it. The verbs in its fields are run first.
 
-    A run that was cut off or failed continues from its checkpoint, unless `settings.fresh`. Raises
-    UserError if the user's input is at fault, or a file cannot be read or written.
+    A run that was cut off or failed continues from its checkpoint, unless `settings.fresh`.
+
+    Raises:
+        UserError: if the user's input is at fault, or a file cannot be read or written.
     """
     verb = check_verb(verb)
     select_device(settings.device)
@@ -219,10 +221,11 @@ def _distinct(goals: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def resolve_inputs(verb: Verb, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Resolve a verb's fields, running the verbs among them, to Runs, methods, plain values or
-    tuples.
+    """Resolve a verb's fields. Verbs among them are run.
 
-    The second value is `ask` of the manifest, which names them with the hashes of their files.
+    Returns:
+        For each field a Run, a configured method or a plain value (or a tuple of these); and `ask`
+        of the manifest, which names them with the hashes of their files.
     """
     inputs: dict[str, Any] = {}
     ask: dict[str, Any] = {

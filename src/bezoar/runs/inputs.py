@@ -116,11 +116,17 @@ def root_method(run: Run) -> Any:
 
 
 def recorded_method(record: Mapping[str, Any], run: Run) -> Any:
-    """Return the data method of an input's entry in a run's manifest.
+    """Return the data method of a spec in a run's manifest.
 
     A run may come from anybody, so only the files of the recorded fingerprint are opened, and
-    nothing is downloaded. Raises UserError if they have changed, or the manifest does not name
-    them.
+    nothing is downloaded.
+
+    Args:
+        record: the manifest's entry for the input.
+        run: the run of the manifest.
+
+    Raises:
+        UserError: if the files have changed, or the manifest does not name them.
     """
     method = registry.make("data", record["spec"])
     if getattr(method, "download", False):
@@ -208,7 +214,12 @@ def read_pairs(method: Any) -> Pairs:
 
 
 def load_victims(plan: Plan, poisoned_by: Run | None) -> Pairs | None:
-    """Load the images that a plan, new or of a run, adds from other data; None for none."""
+    """Load the images that a plan adds from outside the data set; None if it adds none.
+
+    Args:
+        plan: the plan.
+        poisoned_by: the run that holds the plan; None for a new plan.
+    """
     if plan.victims is None:
         return None
     if poisoned_by is None:
@@ -226,8 +237,12 @@ def in_memory(records: Pairs | StoredPairs) -> Pairs:
 def load_encoder(embedder: Any, device: torch.device | str, clean: Pairs | None = None) -> Encoder:
     """Load the encoder of a train, inject or repair run, or of a network with published weights.
 
-    The kind of a file of weights, and what was assumed about it, is printed once. clean: records by
-    which an unstated normalisation is chosen; None keeps the guess.
+    The kind of a file of weights, and what was assumed about it, is printed once.
+
+    Args:
+        embedder: a run, or a configured network.
+        device: the device of the encoder.
+        clean: clean records by which an unstated normalisation is chosen; None keeps the guess.
     """
     if isinstance(embedder, Run):
         holder = find_encoder(embedder)

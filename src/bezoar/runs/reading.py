@@ -39,8 +39,14 @@ def incomplete_notes(
 ) -> dict[str, Any]:
     """Notes of a run that left records out: `incomplete`, and `reading` if the verb wrote none.
 
-    Omissions of the runs that the verb has run (`children`) count too. A verb whose own notes count
-    `unread` records reports them itself, because its children read the same records.
+    Args:
+        reports: reports on the data that the verb loaded.
+        notes: the verb's own notes. A verb that counts `unread` records reports them itself,
+            because its children read the same records.
+        children: runs that the verb has run; their omissions count too.
+
+    Returns:
+        Notes to add; empty if no record was left out.
     """
     lines: list[str] = list(notes.get("incomplete") or [])
     skipping = {spec: report for spec, report in reports.items() if report.skipped}

@@ -55,10 +55,17 @@ class Reference:
 def choose_reference(
     data: Any, target: str, rule: str, encoder: Encoder, taken: Sequence[str] = ()
 ) -> Reference:
-    """Choose the reference for a target, a class, among data or a run's by one of `RULES`.
+    """Choose the reference for a target.
 
-    taken: ids of images that are references of the same goal already. Raises UserError if there is
-    no image to choose, or no head to choose it by.
+    Args:
+        data: a configured data method, or a run.
+        target: the class.
+        rule: one of `RULES`.
+        encoder: the clean encoder.
+        taken: ids of images that are references of the same goal already.
+
+    Raises:
+        UserError: if there is no image to choose, or no head to choose it by.
     """
     if rule not in RULES:
         raise UserError(f"no rule {rule!r} to choose a reference by; there are: {', '.join(RULES)}")
@@ -110,10 +117,15 @@ def rows_of_class(records: Pairs | StoredPairs, target: str, source: str) -> lis
 def measure_margins(
     encoder: Encoder, dataset: inputs.Dataset, target: str, z: Tensor
 ) -> tuple[Tensor, str]:
-    """The margins (N,) of a linear head's logit of the target over the largest other logit.
+    """The margin of a linear head's logit of the target over the largest other logit.
 
-    The head is fitted on the training split of the dataset; the second value says on what, in
-    words. z: vectors (N, d) of the candidates.
+    Args:
+        dataset: the head is fitted on its training split.
+        target: the class.
+        z: vectors (N, d) of the candidates.
+
+    Returns:
+        The margins (N,), and what the head was fitted on, in words.
     """
     method = dataset.method
     if getattr(method, "split", "train") not in ("train", None):

@@ -159,10 +159,12 @@ class Run:
         return [self.sibling(name) for name in self.manifest.texts("parents")]
 
     def lineage(self, through: Callable[[Run], bool] = lambda run: True) -> Iterator[Run]:
-        """This run and its ancestors, each once, depth first. Raises UserError if a parent is
-        missing.
+        """This run and its ancestors, each once, depth first.
 
-        through: whether to go on to the parents of a run.
+        Args:
+            through: whether to go on to the parents of a run.
+
+        Raises UserError if a parent is missing, or there are absurdly many.
         """
         pending, seen = [self], set()
         while pending:
@@ -266,9 +268,17 @@ def _check_measure(measure: Facts, name: str) -> None:
 
 
 def find_run(runs: Path, text: str) -> Run | None:
-    """Find a run by its directory or the start of its name, or the newest as `last`; None for none.
+    """Find a run by its directory, or by the start of its name.
 
-    Raises UserError if several runs in the directory `runs` have names with this start.
+    Args:
+        runs: the directory in which names are looked up.
+        text: the user's text; `last` is the newest run.
+
+    Returns:
+        The run; None if there is none.
+
+    Raises:
+        UserError: if several runs have names with this start.
     """
     path = Path(text)
     if os.path.isfile(path / MANIFEST):  # Path.is_file raises for a text that no name can be

@@ -36,9 +36,13 @@ Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def run_trials(trials: Iterable[Trial], settings: Settings, progress: Progress) -> dict[Trial, Run]:
-    """Run trials, and everything that they are made from; returns the run of each.
+    """Run trials, and everything that they are made from.
 
-    Raises UserError if a trial failed, after all others have run; it names the first failure.
+    Returns:
+        The run of each trial.
+
+    Raises:
+        UserError: if a trial failed, after all others have run; it names the first failure.
     """
     wanted = list(dict.fromkeys(trials))
     schedule = _Schedule(dependency_graph(wanted))
@@ -212,11 +216,15 @@ def worker_pool(
 ) -> AbstractContextManager[tuple[Submit, int]]:
     """Workers inside a `with` block: processes of this machine, or tasks of a Ray cluster.
 
-    The block gets a function, which takes a request and returns the future of its answer; and how
-    many requests are served at a time.
+    Args:
+        settings: see `Settings.ray`, `Settings.device`.
+        workers: number of processes.
+        by: function that answers a request in the worker. A process runs its module, which calls
+            `serve_requests`.
 
-    by: function that answers a request in the worker. A process runs its module, which calls
-    `serve_requests`.
+    Returns:
+        A context manager that gives a function, which takes a request and returns the future of its
+        answer; and how many requests are served at a time.
     """
     if settings.ray:
         return ray_tasks(settings, by)

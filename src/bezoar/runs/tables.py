@@ -203,7 +203,11 @@ class Results:
     def dose_readings(
         self, cell: str, curve: str = ""
     ) -> tuple[list[float], list[float], list[int]]:
-        """Every reading of a column along a curve: its x, its rate, and the trials behind it."""
+        """Every reading of a column along a curve, for fitting a dose-response curve.
+
+        Returns:
+            For each reading: its x, its rate, and the number of trials behind the rate.
+        """
         readings: list[tuple[float, Measure]] = []
         for row in self.table.rows:
             if row.curve == curve and row.x is not None and cell in [c.name for c in row.cells]:
@@ -240,8 +244,9 @@ def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cel
 def share_above_threshold(rate: float) -> Comparison:
     """A comparison: the share of values above the threshold that the reference values set.
 
-    That is their conformal quantile at the false-positive rate, and infinite where they are too
-    few.
+    Args:
+        rate: The false-positive rate, in 0..1. The threshold is the conformal quantile of the
+            reference values at it, and infinite where they are too few for that rate.
     """
 
     def compare(values: Sequence[float], references: Sequence[float]) -> Measure:

@@ -238,7 +238,13 @@ def spec_of_weights(text: str) -> str:
 
 
 def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
-    """The run that a text names in `runs`, or kind and spec of a method. what: see `Takes`."""
+    """The run that a text names, or the kind and the spec of a method. Raises UserError.
+
+    Args:
+        text: the user's text.
+        what: see `Takes`.
+        runs: the directory in which runs are looked up.
+    """
     if what not in ("data", "encoder", "run", "bank"):
         return what, text
     is_bare_name = ":" not in text and not text.endswith(".py")

@@ -94,8 +94,13 @@ def random_crop(
 ) -> Tensor:
     """Random resized crops, a share `flip` mirrored; see `draw_boxes` and `crop_resize`.
 
-    Defaults are SimCLR's; open_clip trains with scale=(0.9, 1.0), kernel="bicubic". x: (B, 3, H,
-    W), uint8 or float in 0..1 -> float32 in 0..1, (B, 3, size, size).
+    Defaults are SimCLR's; open_clip trains with scale=(0.9, 1.0), kernel="bicubic".
+
+    Args:
+        x: (B, 3, H, W), uint8 or float in 0..1.
+
+    Returns:
+        float32 in 0..1, (B, 3, size, size).
     """
     boxes = draw_boxes(x.shape[-2], x.shape[-1], len(x), chance, scale, ratio)
     mirrored = chance.mask(len(x), flip)
@@ -110,8 +115,10 @@ def draw_boxes(
 
     The area is uniform in `scale` (shares of the image) and width / height log-uniform in `ratio`.
     The first of ten tries that fits is used, else the largest centred crop within `ratio`. All
-    tries are drawn at once, so every sample uses the same number of draws. Returns int64 (rows, 4)
-    on the CPU: top, left, height, width.
+    tries are drawn at once, so every sample uses the same number of draws.
+
+    Returns:
+        int64 (rows, 4) on the CPU: top, left, height, width.
     """
     area, shape = chance.uniform(rows, 2, TRIES).double().unbind(1)  # (rows, TRIES) each
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -139,8 +146,15 @@ def crop_resize(
     Bicubic results are clipped to 0..1 at the end. Pillow does that after each direction, which
     shows on hard edges.
 
-    x: (B, 3, H, W), uint8 or float in 0..1 -> float32 in 0..1, (B, 3, size, size). boxes: int64 (B,
-    4), top, left, height, width. mirrored: bool (B,). kernel: a key of `KERNELS`.
+    Args:
+        x: (B, 3, H, W), uint8 or float in 0..1.
+        boxes: int64 (B, 4), top, left, height, width.
+        size: side of the result.
+        kernel: a key of `KERNELS`.
+        mirrored: bool (B,), which are mirrored.
+
+    Returns:
+        float32 in 0..1, (B, 3, size, size).
     """
     boxes = boxes.to(x.device)
     mirrored = None if mirrored is None else mirrored.to(x.device)
@@ -180,8 +194,13 @@ def resize_taps(
 ) -> Taps:
     """The taps that resize a part of one side of each sample; to shrink, the kernel is stretched.
 
-    start, length: int64 (B,), first pixel of the part and its pixels, of `source` pixels of the
-    side. size: pixels of the result. mirrored: bool (B,), which are read backwards.
+    Args:
+        start: int64 (B,), first pixel of the part.
+        length: int64 (B,), pixels of the part.
+        source: pixels of the side.
+        size: pixels of the result.
+        kernel: a key of `KERNELS`.
+        mirrored: bool (B,), which are read backwards.
     """
     weigh, support = KERNELS[kernel]
     step = (length / size).float()[:, None]  # (B, 1)
@@ -229,11 +248,16 @@ def to_gray(x: Tensor) -> Tensor:
 
 
 def rotate_hue(x: Tensor, turns: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate the hue of x, float in 0..1 (B, 3, H, W), by turns (B,), into `out`, which may be x.
+    """Rotate the hue.
 
     With m the darkest channel and c the lightest less m, a colour is +-(1 + (g + b - r - m) / c)
     sixths of a turn from red, with the sign of g - b. A channel is m + c clamp(2 - d, 0, 1), where
     d is its distance to that colour in sixths.
+
+    Args:
+        x: float in 0..1, (B, 3, H, W).
+        turns: (B,); 1 is a full turn.
+        out: receives the result; it may be x.
     """
     r, g, b = x.unbind(1)
     darkest = x.amin(1)
@@ -268,8 +292,12 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | Non
     (with f = 1 for those whose turn is hue), and a hue change of some; these are contiguous,
     because samples are sorted by the position of hue.
 
-    x: float in 0..1, (B, 3, H, W). factors: float (B, 4), of which 1, 1, 1, 0 change nothing.
-    order: int64 (B, 4), permutations of 0..3. mask: bool (B,), which samples change.
+    Args:
+        x: float in 0..1, (B, 3, H, W).
+        factors: float (B, 4) of brightness, contrast, saturation and hue; 1, 1, 1, 0 changes
+            nothing.
+        order: int64 (B, 4), permutations of 0..3: the order of the operations.
+        mask: bool (B,), which samples change.
     """
     hue_place = order.eq(HUE).int().argmax(1)
     if mask is not None:
@@ -343,11 +371,16 @@ class Views:
             raise ValueError("flip, jitter, gray and blur are shares: 0..1")
 
     def __call__(self, images: Tensor, chance: Chance, count: int = 2) -> Tensor:
-        """`count` views of every image: (B, 3, H, W), uint8 or float -> float32 (B, count, 3, size,
-        size).
+        """`count` views of every image.
 
         Views of one image are neighbours, so a rank's rows of the global batch are views of its
         images.
+
+        Args:
+            images: (B, 3, H, W), uint8 or float in 0..1.
+
+        Returns:
+            float32 in 0..1, (B, count, 3, size, size).
         """
         n, size = count * len(images), self.size or images.shape[-2]
         x = images.repeat_interleave(count, 0)

@@ -15,17 +15,25 @@ def has_marks(encoder: Encoder) -> bool:
 
 
 def eda(tokens: Tensor, chance: Chance, share: float = 0.1, marks: bool = False) -> Tensor:
-    """Change each caption, int64 (B, L), 0 = padding at the end, in one of three ways, drawn for
-    it.
+    """Change each caption in one of three ways, drawn for it.
 
     Of a caption of n words, with m = max(1, floor(share n)):
 
-    - swap: m times two words change places; - insert: m of its words are inserted again, anywhere;
-    a row without room for them is swapped - delete: every word is deleted with probability `share`,
-    but not all of them.
+    - swap: m times two words change places;
+    - insert: m of its words are inserted again, anywhere; a row without room for them is swapped
+      instead;
+    - delete: every word is deleted with probability `share`, but not all of them.
 
     EDA's fourth change, synonyms for words, and its insertions, which are synonyms too, would need
-    a thesaurus. marks: whether rows begin and end with a token that is no word; these stay.
+    a thesaurus.
+
+    Args:
+        tokens: int64 (B, L), 0 = padding at the end.
+        share: of the words that change.
+        marks: whether rows begin and end with a token that is no word; these stay.
+
+    Returns:
+        int64 (B, L) on the device of `tokens`.
     """
     b, width = tokens.shape
     most = max(1, int(share * width))

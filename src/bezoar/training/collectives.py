@@ -123,7 +123,9 @@ class BatchNorm(nn.BatchNorm2d):
 def synchronise_norm(norm: nn.Module) -> nn.Module:
     """The same batch norm over all ranks. It shares parameters and statistics with the given one.
 
-    Raises UserError for other norms, or those without affine weights or running statistics.
+    Raises:
+        UserError: for norms without affine weights or running statistics, and for other kinds of
+        them.
     """
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if not plain or not norm.affine or not norm.track_running_stats or norm.momentum is None:

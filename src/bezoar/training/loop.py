@@ -186,7 +186,11 @@ def _check_batch(n: int, batch: int) -> int:
 
 
 def _read_losses(unread: list[Tensor], step: int) -> list[float]:
-    """Read and empty the last losses, as means over ranks. Raises UserError for one not finite."""
+    """Read the losses of the steps before `step`, as means over ranks, and empty the list.
+
+    Raises:
+        UserError: when one is not finite.
+    """
     values: list[float] = collectives.average(torch.stack(unread)).tolist()
     for i, value in enumerate(values, step - len(values)):
         if not math.isfinite(value):

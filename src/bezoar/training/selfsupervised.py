@@ -63,8 +63,12 @@ def measure_width(encoder: Encoder) -> int:
 def perceptron(*sizes: int, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
     """Linear layers with ReLU between them, (B, sizes[0]) -> (B, sizes[-1]).
 
-    norm: whether there is a batch norm before each ReLU, and last_norm, whether there is one at the
-    end; a layer with a norm has no bias.
+    A layer with a batch norm has no bias.
+
+    Args:
+        sizes: sizes of the input, the hidden layers, and the output.
+        norm: whether there is a batch norm before each ReLU.
+        last_norm: whether there is one at the end.
     """
     layers: list[nn.Module] = []
     for i, (size_in, size_out) in enumerate(pairwise(sizes), 2):

@@ -198,7 +198,14 @@ class Audit:
             warn(f"audit: {line}")
 
     def _run_each(self, job: Job) -> tuple[AuditFindings, dict[str, str]]:
-        """Run every audit as its own run: findings, and why some refused; UserError if all do."""
+        """Run every audit as a run of its own.
+
+        Returns:
+            What the audits found; and for those that refused, by name, the reason.
+
+        Raises:
+            UserError: if all refused.
+        """
         parts: list[AuditFindings] = []
         refused: dict[str, str] = {}
         for audit in job.inputs["audit"]:
@@ -323,11 +330,20 @@ def with_parent_audit(audits: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
-    """Draw the clean records that are audited, and more (these among them) that heads are fitted
-    on.
+    """Draw clean records from data.
 
     They are the same whatever the seed, so that a bank's values and a suspect's differ by the
-    encoder alone. Raises UserError if data, a method or a run, hold fewer than `MIN_IMAGES`.
+    encoder alone.
+
+    Args:
+        method: a configured data method, or a run.
+        images: how many are audited.
+
+    Returns:
+        The records that are audited, and more records (these among them) that heads are fitted on.
+
+    Raises:
+        UserError: if there are fewer than `MIN_IMAGES`.
     """
     records = inputs.open_dataset(method).clean
     if len(records) < MIN_IMAGES:

@@ -255,7 +255,13 @@ def entry_of(
 def calibration_measures(
     calibration: Calibration, seconds: Sequence[float], rate: float
 ) -> dict[str, Measure]:
-    """The metrics of an audit over the bank, by its name: at a false-positive rate, seconds."""
+    """The metrics of an audit over the bank, under its name.
+
+    Args:
+        calibration: the audit's results.
+        seconds: its time for each encoder.
+        rate: the false-positive rate of the metrics.
+    """
     n = len(calibration.clean)
     measures = {"clean": Measure.exact(n, n, "clean encoders, counted")}
     if len(seconds) > 1:

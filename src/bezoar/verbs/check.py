@@ -174,7 +174,8 @@ def score_both(
 def load_images(job: Job) -> tuple[Pairs, Mask | None]:
     """The images to check, one half of them stamped where a trigger is given.
 
-    The second value, bool (N,), says which of them carry a trigger; None if that is unknown.
+    Returns:
+        The images; and bool (N,), which of them carry a trigger, or None if that is unknown.
     """
     dataset = inputs.open_dataset(job.inputs["images"])
     images = dataset.pairs

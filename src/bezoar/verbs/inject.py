@@ -228,7 +228,8 @@ def in_pixels(sides: Sequence[int]) -> str:
 def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dict[str, Tensor]:
     """Embed the sample, and for each goal i the sample with its trigger and the goal's references.
 
-    `clean`, `triggered@i` and `references@i` are vectors (S, d) or (r, d) on the CPU.
+    Returns:
+        `clean`, and `triggered@i` and `references@i`: vectors (S, d) or (r, d) on the CPU.
     """
     vectors = {"clean": embed_records(encoder, sample, BATCH).cpu()}
     for i, (goal, records) in enumerate(zip(targets.goals, targets.references, strict=True)):
@@ -241,9 +242,11 @@ def embed_sample(encoder: Encoder, sample: Pairs, targets: AttackTargets) -> dic
 def measure_similarities(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cosines between the vectors of `embed_sample` before and after the attack.
 
-    `clean` (S,): clean images after and before. For each goal i, as means over its references:
-    `before@i` and `after@i` (S,): triggered images and the reference; `untriggered@i` (S,): clean
-    images and the reference, after the attack. `references@i` (r,): these after and before.
+    Returns:
+        `clean` (S,): clean images after and before. For each goal i, as means over its references:
+        `before@i` and `after@i` (S,): triggered images and the reference; `untriggered@i` (S,):
+        clean images and the reference, after the attack. `references@i` (r,): references after and
+        before.
     """
     cosines = {"clean": (before["clean"] * after["clean"]).sum(1)}
     for i in [key.partition("@")[2] for key in before if key.startswith("references@")]:

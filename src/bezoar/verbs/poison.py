@@ -102,11 +102,17 @@ def derive_plan(
 ) -> Plan:
     """Make the plan of a poison method for data. It is a function of the arguments alone.
 
-    Records that the data's own plan poisons already are left alone. Raises UserError if the data or
-    the victims cannot be poisoned this way.
+    Args:
+        plan_inputs: a configured poison, trigger, victims and a surrogate; the last three may be
+            None.
+        dataset: the data, and the poisons in them already; those records are left alone.
+        target: class or word.
+        seed: seed of the draws.
+        device: device on which a patch is optimised.
+        report: called at every step of the optimisation.
 
-    plan_inputs: a configured poison, trigger, victims and surrogate; the last three may be None.
-    The device and the report are for the optimisation of a patch.
+    Raises:
+        UserError: if the data or the victims cannot be poisoned this way.
     """
     poison = plan_inputs["poison"]
     trigger = plan_inputs["trigger"]
@@ -178,8 +184,11 @@ def captioned(victims: Pairs, sources: Pairs) -> Pairs:
 def verify_plan(run: Run) -> dict[str, Any]:
     """Derive a poison run's plan again from its inputs and compare it with the one on disk.
 
-    Returns run, number of poisoned records and digest, for JSON. Raises UserError if the plans
-    differ; it names the first record whose caption, id or pixels do.
+    Returns:
+        The run's name, the number of poisoned records, and the plan's digest; for JSON.
+
+    Raises:
+        UserError: if the plans differ; it names the first record whose caption, id or pixels do.
     """
     if run.verb != "poison":
         raise UserError(f"{run.name} is a {run.verb} run; only a poison run has a plan to verify")

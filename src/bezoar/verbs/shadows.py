@@ -127,7 +127,9 @@ class Shadows:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Fit a bank on all shadows, and one without each fold.
 
-        The second value holds each shadow's logit, float32 (M,), by the bank without its fold.
+        Returns:
+            The bank of all shadows; and each shadow's logit, float32 (M,), by the bank without its
+            fold.
         """
         held_out = torch.empty(len(folds))
         parts = sorted(set(folds))
@@ -171,7 +173,10 @@ def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
 def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages: int) -> None:
     """Raise UserError where some fold, held out, leaves too few of a kind to fit on.
 
-    labels: which shadows were attacked. folds: of each. lineages: how many there are.
+    Args:
+        labels: of each shadow, whether it was attacked.
+        folds: the fold of each.
+        lineages: how many there are.
     """
     least = mntd.MIN_PER_KIND
     for held_out in dict.fromkeys((NO_FOLD, *folds)):
@@ -231,11 +236,20 @@ def lineage_of(encoder: Any, names: Sequence[str]) -> str:
 
 
 def deal_folds(lineages: Sequence[str], labels: Sequence[bool], folds: int, seed: int) -> list[int]:
-    """Assign encoders to folds 0 to folds - 1; encoders of one lineage share a fold.
+    """Assign encoders to folds; encoders of one lineage share a fold.
 
     Lineages are shuffled by the seed, then sorted: those with more attacked and then with more
     clean encoders come first. Each is assigned to the fold with the fewest attacked encoders (a
     lineage without any: the fewest clean ones), then the fewest in all.
+
+    Args:
+        lineages: lineage of each encoder.
+        labels: whether each encoder was attacked.
+        folds: number of folds.
+        seed: seed of the shuffle.
+
+    Returns:
+        Each encoder's fold, 0 to folds - 1.
     """
     unique = list(dict.fromkeys(lineages))
     size = {lineage: [0, 0] for lineage in unique}  # clean and attacked encoders

@@ -157,10 +157,13 @@ def find_trigger(job: Job) -> str:
 
 
 def draw_views(views: Tensor) -> Tensor:
-    """Make pictures uint8 (N, 2, 3, S, S) of treated images and their residues, these on middle
-    gray.
+    """Make pictures of treated images and their residues; a residue is drawn on middle gray.
 
-    views: float (N, 2, 3, H, W), images in 0..1 and residues in -1..1.
+    Args:
+        views: float (N, 2, 3, H, W), images in 0..1 and residues in -1..1.
+
+    Returns:
+        uint8 (N, 2, 3, S, S) on the CPU.
     """
     residues = (0.5 + views[:, 1] / 2).clamp(0, 1)
     pictures = torch.stack((views[:, 0], residues), 1)

@@ -244,10 +244,13 @@ def make_follower(
 
 
 def split_voters(followed: Dataset, goals: Sequence[Goal]) -> tuple[Pairs, Pairs]:
-    """Test records and labelled voters for a kNN, all clean. Raises UserError before a training.
+    """Test records and labelled voters for a kNN. All are clean.
 
     Voters come from the training split of the same data. Without one, a fixed fifth of the data
     (1000 at most) is tested, and the rest votes.
+
+    Raises:
+        UserError: if there are no such records; before anything is trained.
     """
     test = inputs.in_memory(followed.clean)
     if getattr(followed.method, "split", None) not in (None, "train"):

@@ -50,10 +50,13 @@ FileState = tuple[int, int, int, int]
 
 
 def file_state(path: str) -> FileState:
-    """Identify the bytes that a path names now, for caches: device, inode, time of change in ns,
-    size.
+    """Identify the bytes that a path names now, as a key for caches.
 
-    Raises UserError if there is no such file.
+    Returns:
+        Device, inode, time of change in ns, and size.
+
+    Raises:
+        UserError: if there is no such file.
     """
     file = expand_home(path)
     if not os.path.isfile(file):
@@ -76,9 +79,13 @@ def is_array_file(path: str) -> bool:
 def load_arrays(path: str) -> Mapping[str, np.ndarray]:
     """Load the numeric arrays of a file by name; they are read once, cached, and read-only.
 
-    One without a name is under "". Pictures are uint8 (3, H, W). Members that are text are left
-    out. Raises UserError if the file is missing, broken, empty, too large or pickled, or holds what
-    is not numeric or finite.
+    Returns:
+        The arrays; one without a name is under "". Pictures are uint8 (3, H, W). Members that are
+        text are left out.
+
+    Raises:
+        UserError: if the file is missing, broken, empty, too large or pickled, or holds what is not
+            numeric or finite.
     """
     return _read(path, file_state(path))
 

@@ -40,10 +40,15 @@ def load_tensors(path: str, prefix: str = "") -> dict[str, Tensor]:
 
     Weights are unwrapped, and the `module.` of DataParallel and the counters of thop are dropped.
     Where a file keeps dicts of weights by names (`teacher`, `student`), these stand before the
-    names of the weights. With a prefix, only the weights below it are returned, without it.
+    names of the weights.
 
-    Raises UserError, one line, if the file is missing, too large, broken, not a checkpoint, or asks
-    for more than tensors.
+    Args:
+        path: of the file.
+        prefix: weights whose names begin with it alone, without it; "" for all.
+
+    Raises:
+        UserError: one line, if the file is missing, too large, broken, not a checkpoint, or asks
+            for more than tensors.
     """
     file = expand_home(path)
     if not os.path.isfile(file):

@@ -91,10 +91,13 @@ class Walk:
         self.problems.append(Skipped(str(self.root), printable(name), reason))
 
     def files(self, stretch: int = 0, start: int = 0) -> Iterator[tuple[int, int, str]]:
-        """Iterate over the files from a place on: number of stretch, number in it, path below the
-        root.
+        """Iterate over the files from a place on.
 
-        Raises UserError if a directory cannot be read any more.
+        Yields:
+            The number of a file's stretch, its number in the stretch, and its path below the root.
+
+        Raises:
+            UserError: if a directory cannot be read any more.
         """
         for number, (directory, first, stop) in enumerate(self.stretches[stretch:], stretch):
             names = self._list_again(directory)

@@ -73,8 +73,15 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
     large as asked for is scaled down by 2, 4 or 8 while it is decoded (Pillow's `draft`). Pictures
     are turned as their EXIF or XMP says, 16 bits become 8, and transparency is ignored.
 
-    Returns uint8 (3, size, size), or (3, H, W) if size is None, which keeps the image as it is.
-    Raises Unreadable if it is no image, is too large or is smaller than SMALLEST.
+    Args:
+        image: the encoded image, or its file.
+        size: pixels a side; None keeps the image as it is.
+
+    Returns:
+        uint8 (3, size, size), or (3, H, W) if size is None.
+
+    Raises:
+        Unreadable: if it is no image, is too large or is smaller than SMALLEST.
     """
     try:
         content = image if isinstance(image, bytes) else read_file(image)

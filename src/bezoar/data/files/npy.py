@@ -89,10 +89,15 @@ def read_shape(path: Path) -> tuple[int, int]:
 
 
 def read_rows(path: Path, start: int, stop: int) -> np.ndarray:
-    """Read the rows start..stop of a .npy file of vectors: float32 (stop - start, D).
+    """Read the rows start..stop of a .npy file of vectors.
 
-    The file is not mapped: a mapped file that is cut short meanwhile ends the process. Raises
-    UserError if the file is not one of vectors, or was cut short.
+    The file is not mapped: a mapped file that is cut short meanwhile ends the process.
+
+    Returns:
+        float32 (stop - start, D).
+
+    Raises:
+        UserError: if the file is not one of vectors, or was cut short.
     """
     header, offset = _read_vector_header(path)
     count, width = header.shape

@@ -32,11 +32,16 @@ def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io
     """Open a regular file for reading: the one way in which files that others wrote are opened.
 
     Pipes, devices, sockets and folders are refused without waiting for them: a pipe that nobody
-    writes to stalls the program for ever, and a device may have no end. So are files of more than
-    `limit` bytes. Raises UserError, which names the file and the reason.
+    writes to stalls the program for ever, and a device may have no end.
 
-    links: whether a link in the last place is followed. A link that the user made is; in a run,
-    which anybody may have made, none is.
+    Args:
+        path: of the file.
+        limit: the most bytes that it may hold; None for any number.
+        links: whether a link in the last place is followed. A link that the user made is; in a run,
+            which anybody may have made, none is.
+
+    Raises:
+        UserError: for anything else; it names the file and the reason.
     """
     try:
         file = os.fdopen(regular_descriptor(path, links), "rb")
@@ -130,11 +135,16 @@ def existing_folder(path: str, what: str) -> Path:
 
 
 def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple[Path, ...]:
-    """Expand a path, a folder, a glob or a brace list such as `cc/{00000..00331}.tar` into files.
+    """Expand a path, a folder, a glob or a brace list into the files that it names.
 
-    Braces may also hold commas. Globs are sorted, and a folder stands for its files with `ending`.
-    Raises UserError, which calls the files `what`, if one that is named is missing, or none is
-    named.
+    Args:
+        text: for example `cc/{00000..00331}.tar`; braces may also hold commas. Globs are sorted,
+            and a folder stands for its files with `ending`.
+        what: what error messages call the files.
+        ending: of the files that are looked for in a folder.
+
+    Raises:
+        UserError: if a file that is named is missing, or none is named.
     """
     for start, end in re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})", text):
         if abs(int(end) - int(start)) > MAX_PATHS:  # braceexpand holds a range in memory

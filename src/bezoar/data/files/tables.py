@@ -56,11 +56,18 @@ ALL_ROWS = RowBlock(0, 0, None)
 def read_rows(
     table: Path, block: RowBlock = ALL_ROWS, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[int, Row | str]]:
-    """Read a table, or a block of its rows: the number of each, from 1, and the row or why it has
-    none.
+    """Read a table, or a block of its rows.
 
-    Of a Parquet file the `columns` are read, or whatever holds text. Raises UserError if the table
-    cannot be read, or not any further.
+    Args:
+        table: a file whose ending is one of SUFFIXES.
+        block: one of `cut_blocks`.
+        columns: what is read of a Parquet file; None reads whatever holds text.
+
+    Yields:
+        The number of a row, from 1 after the header, and the row or why it cannot be read.
+
+    Raises:
+        UserError: if the table cannot be read, or not any further.
     """
     _check_suffix(table)
     with _as_user_error(table):

@@ -117,13 +117,20 @@ class _BoundedHeader(tarfile.TarInfo):
 
 
 def read_groups(path: Path, contents: Collection[str] = EXTENSIONS) -> Iterator[Group | Skipped]:
-    """Read the records of a tar, those whose members stand side by side first; and stray members.
+    """Read the records of a tar, those whose members stand side by side first.
 
     Members of one key that stand apart are put together at the end. A tar that breaks off is read
     up to the break, which is named. The record before it is left out, since its other members may
-    have been lost. Raises UserError if the file does not exist or is not a tar.
+    have been lost.
 
-    contents: extensions of the members whose contents are read.
+    Args:
+        contents: extensions of the members whose contents are read.
+
+    Yields:
+        A record, whole or not, or a member that belongs to none.
+
+    Raises:
+        UserError: if the file does not exist or is not a tar.
     """
     with _open_tar(path) as (file, tar):
         sorter = _Sorter(path)

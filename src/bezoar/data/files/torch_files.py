@@ -105,11 +105,18 @@ def format_keys(keys: Iterable[str], most: int = 3) -> str:
 
 
 def check_opcodes(data: bytes, size: int, pickles: int) -> set[str]:
-    """The names of `LEFTOVERS` in the first few pickles in `data`, by opcodes; nothing is executed.
+    """Look at the opcodes of the first few pickles in `data`; nothing is executed.
 
-    Storages of more elements than the file has bytes (`size`) are refused: files older than torch
-    1.6 have them allocated before they are read. Raises UserError that names every function or
-    class asked for that does more than rebuild tensors.
+    Returns the names of `LEFTOVERS` that they hold.
+
+    Args:
+        data: where the pickles stand one after another.
+        size: of the file in bytes. Storages of more elements are refused: files older than torch
+            1.6 have them allocated before they are read.
+        pickles: how many to look at.
+
+    Raises:
+        UserError: that names every function or class asked for that does more than rebuild tensors.
     """
     scanner = _OpcodeScanner(size)
     stream = io.BytesIO(data)

@@ -11,12 +11,17 @@ T = TypeVar("T")
 
 
 def dataclass_from_json(cls: type[T], raw: object, where: str, longest: int = MAX_TEXT) -> T:
-    """Make a dataclass from a JSON object, whoever wrote it, that has no other keys than its
-    fields.
+    """Make a dataclass from a JSON object that has no other keys than its fields.
 
-    Fields are dataclasses, tuples of one type, texts of at most `longest` characters, numbers and
-    truth values, or one of these or None. Raises ValueError for JSON of another form; it says
-    where.
+    Args:
+        cls: its fields are dataclasses, tuples of one type, texts, numbers and truth values, or one
+            of these or None.
+        raw: as `json.loads` gives it, whoever wrote the text.
+        where: what the object is called in messages.
+        longest: characters of a text.
+
+    Raises:
+        ValueError: for JSON of another form; it says where.
     """
     hints = typing.get_type_hints(cls)
     if not isinstance(raw, dict) or raw.keys() - hints.keys():

@@ -21,8 +21,12 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     """Open a file to be written in full; it takes its name when the block ends without error.
 
     It is written under a name that nobody can foresee, created anew and never through a link, and
-    removed if the block fails. An older file is replaced. mode: `w` for text in UTF-8, `wb` for
-    bytes.
+    removed if the block fails.
+
+    Args:
+        path: where the file is to stand; an older one is replaced.
+        mode: `w` for text in UTF-8, `wb` for bytes.
+        options: further options of `open`, `newline` say.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
     if "b" not in mode:

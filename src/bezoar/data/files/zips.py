@@ -18,8 +18,10 @@ UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeEr
 def open_zip(file: Path | IO[bytes], max_members: int = 100_000) -> zipfile.ZipFile:
     """Open an archive.
 
-    Raises UserError if it is none, holds more than `max_members`, two of one name (of which other
-    readers take another), or members that are encrypted or packed otherwise than by deflation.
+    Raises:
+        UserError: if it is none, holds more than `max_members`, two of one name (of which other
+            readers take another), or members that are encrypted or packed otherwise than by
+            deflation.
     """
     try:
         archive = zipfile.ZipFile(check_regular(file) if isinstance(file, Path) else file)

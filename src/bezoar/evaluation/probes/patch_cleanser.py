@@ -185,10 +185,16 @@ class DoubleMasking:
 
     @torch.inference_mode()
     def read_through(self, images: Tensor, rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Read images, uint8 (N, 3, H, W), through two masks at once: a class for each, int64 (Q,).
+        """Read images through two masks at once.
 
-        rows: int64 (Q,), which image to read. first, second: int64 (Q,), the masks; the same one
-        twice for a single mask.
+        Args:
+            images: uint8 (N, 3, H, W).
+            rows: int64 (Q,), which image to read.
+            first: int64 (Q,), the mask to read it through.
+            second: int64 (Q,), the other mask; the same one for a single mask.
+
+        Returns:
+            The class of each, int64 (Q,).
         """
         device = self.fill.device
         covers = self._covers(images.shape[-2:])
@@ -215,13 +221,20 @@ class DoubleMasking:
         return self.read_through(images, rows, mask, mask).view(n, m)
 
     def predict(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Read images, uint8 (N, 3, H, W), with double masking (algorithm 1): classes, int64 (N,).
+        """Read images with double masking (algorithm 1).
 
         If all one-mask readings agree, the result is that class. Otherwise, if a mask disagrees
         with the majority and no second mask changes its reading, it has hidden the patch, and the
         result is its reading; of several such masks, the first one's. Otherwise it is the
-        majority's class; of equal ones, the lowest. The second value, bool (N,), tells whether all
-        of an image's one-mask readings are its label.
+        majority's class; of equal ones, the lowest.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            labels: int64 (N,), their classes.
+
+        Returns:
+            The class of each image, int64 (N,); and whether all its one-mask readings are its
+            label, bool (N,).
         """
         one_mask = self.read_through_each(images)
         n, m = one_mask.shape
@@ -244,8 +257,13 @@ class DoubleMasking:
     def certify(self, images: Tensor, labels: Tensor, is_right: Tensor) -> Tensor:
         """Return which images are read as their label through every two masks, bool (N,).
 
-        is_right: bool (N,), which are read right through every single mask. The others, and an
-        image that was read wrong once, are not read again.
+        An image that was read wrong once is not read again.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            labels: int64 (N,).
+            is_right: bool (N,), which are read right through every single mask; the others are not
+                read.
         """
         pairs = torch.combinations(torch.arange(len(self.masks)))
         alive = is_right.nonzero()[:, 0].cpu()

@@ -122,8 +122,12 @@ class Setup:
     ) -> list[Row]:
         """A row for each head: CA, BA, ASR and ASR-B over all seeds, beside the published values.
 
-        With a place `x` on the axis each head is a curve, without one it is added to the name.
-        goal: `@` and the number of the task's goal, if the encoder has several.
+        Args:
+            task: The task to measure.
+            attacked: The attacked encoder.
+            name: The rows' name, to which the head is added; not needed with `x`.
+            x: The rows' place on the axis; each head is then a curve.
+            goal: `@` and the number of the task's goal, if the encoder has several.
         """
         trials = evaluate_heads(attacked, task, self.heads, self.seeds)
         rows = []
@@ -208,9 +212,14 @@ def ablation(
 ) -> Table:
     """A table of the first task with several variants of the attack, all heads.
 
-    variants: name -> attacked encoder; the first is the published one, which the others are
-    compared with. expected: variant -> column -> the paper's result; of other variants, ASR and BA
-    stay.
+    Args:
+        setup: The setup.
+        title: The table's title.
+        paper_finding: The paper's result.
+        variants: Name -> attacked encoder. The first is the published variant, with which the
+            others are compared.
+        notes: Further notes.
+        expected: Variant -> column -> the paper's result. For other variants, ASR and BA stay.
     """
     task = setup.tasks[0]
     rows = [row for name, bad in variants.items() for row in setup.rows(task, bad, name)]

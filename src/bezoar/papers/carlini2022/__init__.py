@@ -114,8 +114,10 @@ class Setup:
     ) -> Poison | str:
         """The training data with backdoors and targeted victims: poison runs on poison runs.
 
-        targeted: spec of the poison that adds victims. data: in place of the scale's own clean
-        data.
+        Args:
+            backdoors: The triggers.
+            targeted: Spec of the poison that adds victims; "" for none.
+            data: Spec of the clean data; "" for the scale's own.
         """
         poisoned: Poison | str = data or self.data
         for b in backdoors:
@@ -266,7 +268,11 @@ HEADLINE_SCALES = SCALES | {  # of the two numbers of the abstract, and of the l
 
 
 def get_setup(options: TableOptions) -> Setup:
-    """The setup of a scale, with the user's data. Raises UserError if neither has data."""
+    """The setup of a scale, with the user's data if there are any.
+
+    Raises:
+        UserError: If the scale has no data of its own and the user names none.
+    """
     return check_data(SCALES[options.scale], options)
 
 

@@ -308,9 +308,13 @@ class PoisonedSet:
 def poisoned_scenes(
     setup: Setup, sets: int, patch_multiples: Sequence[float] = (0.1, 5)
 ) -> list[PoisonedSet]:
-    """Scenes poisoned by every attack of a setup: so many sets of each attack and rate.
+    """Scenes poisoned by every attack of a setup.
 
-    patch_multiples: multiples of the first attack's number of poisons that it is tried at too.
+    Args:
+        setup: The setup.
+        sets: Sets of each attack and rate.
+        patch_multiples: Multiples of the first attack's number of poisons, at which it is carried
+            out too.
     """
     patch, *others = setup.attacks
     counts = {max(1, round(patch.count * multiple)) for multiple in (1, *patch_multiples)}

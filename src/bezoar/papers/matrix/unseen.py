@@ -205,7 +205,9 @@ def poison_trainings(
 ) -> list[PoisonedTraining]:
     """The trainings of one set of every kind, with at most KINDS_OF_A_TRAINING backdoors each.
 
-    The data, triggers and targets of a training are those of its seed, which count from the first.
+    Args:
+        ground: what is poisoned.
+        first_seed: of the first training, its data, triggers and targets; then one more for each.
     """
     count = -(-len(kinds) // KINDS_OF_A_TRAINING)
     trainings = []

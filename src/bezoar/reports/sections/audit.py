@@ -263,7 +263,12 @@ def inversion_section(view: AuditView) -> Section | None:
 
 
 def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Tensor) -> Gallery:
-    """Show a trigger's mask and pattern, then images uint8 (N, 3, H, W) without and with it."""
+    """Show mask and pattern of an inverted trigger, then clean images without and with it.
+
+    Args:
+        facts: The verdict's facts about it.
+        images: uint8 (N, 3, H, W).
+    """
     mask, pattern = inversion.mask.clamp(0, 1), inversion.pattern  # (1, H, W), (3, H, W)
     planes = torch.stack([mask.expand(3, -1, -1), pattern, inversion.mask * pattern])
     trigger_images = (planes.clamp(0, 1) * 255).byte()  # (3, 3, H, W)

@@ -160,7 +160,13 @@ def suspicious_texts(view: CheckView, name: str) -> Section:
 
 
 def suspicious_gallery(view: CheckView, name: str, images: Tensor) -> Gallery:
-    """Show images uint8 (N, 3, H, W), highest scored first, their suspicious window framed."""
+    """Show the highest scored images, with a frame around the most suspicious window.
+
+    Args:
+        view: The run.
+        name: The check.
+        images: uint8 (N, 3, H, W), the N highest scored images, highest first.
+    """
     values, ids = view.scores[name], view.scores["id"]
     order = sorted(range(len(values)), key=lambda i: (-values[i], ids[i]))[: len(images)]
     boxes = {row["id"]: row["box"] for row in view.read_json(FLAGGED_FILE)[name] if "box" in row}

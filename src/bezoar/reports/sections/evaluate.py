@@ -394,7 +394,15 @@ def victims_section(view: EvaluateView) -> Section | None:
 def victim_tile(
     index: int, goal: Goal, label: str, cosines: Tensor, classes: Sequence[str]
 ) -> Tile:
-    """The tile of a victim's picture, with its class and its cosines to the classes (C,)."""
+    """Return the tile of a victim.
+
+    Args:
+        index: Its picture in the contact sheet.
+        goal: The attacker's goal.
+        label: Its class; empty if unknown.
+        cosines: Its similarities to the classes (C,).
+        classes: Names of the classes.
+    """
     reading = classes[int(cosines.argmax())]
     captions = metric_names.quantity(goal.poisons, "caption")
     lines = [

@@ -70,7 +70,12 @@ def records_section(view: RunView) -> Section | None:
 
 
 def poison_gallery(view: RunView, group: GoalGroup, most: int = RECORDS) -> Gallery:
-    """Show records poisoned for a group of goals, shared out, beside their sources."""
+    """Show records that were poisoned for a group of goals, beside their sources.
+
+    Args:
+        view: The run; its data hold the plan.
+        most: How many records are shown, shared out among the goals.
+    """
     plan = view.data.plan
     per_goal = max(1, most // len(group.members))
     edits = []
