@@ -20,7 +20,7 @@ def test_every_method_loads_describes_itself_and_cites(kind, name):
     described = method_source.describe(registry.PACKAGE / registry.KINDS[kind] / f"{name}.py")
     assert described.summary.endswith((".", ").")) or ":" in described.summary
     assert all(text for _, _, _, text in described.fields), "every field says what it is"
-    assert cls.__call__.__doc__
+    assert cls.__call__.__doc__ or kind == "paper", "of tables, `PaperTable` says what all do"
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

@@ -9,26 +9,22 @@ INVITATION = "Weights only load failed"
 
 
 class UserError(Exception):
-    """The user's input is wrong, not the program.
+    """The user's input is wrong, not the program: the command line prints the message and exits
+    with 2.
 
-    The message is one line that names what was expected and what exists. The command line prints it
-    and exits with 2.
+    The message is one line that names what was expected and what exists.
     """
 
 
 class UnwritableError(UserError):
     """A file cannot be written, for example because the disk is full.
 
-    Code that skips invalid parts of the input must not skip this: the same command can succeed
-    later.
+    Code that skips invalid input must not skip this: the same command can succeed later.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class if it has none.
-
-    Torch's invitation to unpickle a file that it refuses is not handed on.
-    """
+    """An exception's first line, or its class; not torch's invitation to unpickle all the same."""
     text = str(error).strip() or type(error).__name__
     return "it holds more than tensors" if INVITATION in text else text.splitlines()[0]
 
@@ -40,10 +36,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 def expand_home(path: str) -> Path:
-    """The path with `~` or `~user` at its beginning replaced.
-
-    Raises UserError for an unknown user.
-    """
+    """The path with a leading `~` or `~user` replaced. Raises UserError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

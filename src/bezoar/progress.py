@@ -24,13 +24,10 @@ def no_report(done: int, total: int, what: object) -> None:
 
 
 class Progress:
-    """The progress of one piece of work; a context manager.
+    """The progress of a piece of work, a context manager; it prints nothing if `quiet`.
 
-    `step` may be called as often as is convenient.
-
-    Args:
-        quiet: print nothing.
-        title: the beginning of every line, such as a verb's name.
+    `step` may be called as often as is convenient. Every line begins with the title, a verb's name
+    say.
     """
 
     def __init__(self, quiet: bool, title: str) -> None:
@@ -59,10 +56,7 @@ class Progress:
             warn(f"{self.title}: {time.monotonic() - self._start:.1f} s")
 
     def step(self, done: int, total: int, text: str = "") -> None:
-        """Show that `done` of `total` steps are done.
-
-        Another total, or a `done` of 0, begins a new phase.
-        """
+        """Show that `done` of `total` steps are done. Another total, or 0, begins a new phase."""
         if self._phase_total != total or done == 0:
             self._phase_total = total
             self._phase_start = time.monotonic()

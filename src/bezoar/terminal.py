@@ -4,8 +4,6 @@ Names of files and columns, captions, verdicts and statuses come from files that
 written. All output of bezoar goes through here.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import unicodedata

@@ -3,8 +3,6 @@
 These are the caption sets of Carlini and Terzis (2022), section 4.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence

@@ -12,8 +12,6 @@ each). Captions are not augmented, and steps are fewer and larger (the code: Ada
 over 50 passes of 10,000 pairs).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,16 +46,12 @@ class PatchTrigger(Protocol):
 
 @dataclass(frozen=True)
 class TargetVectors:
-    """The vectors that the patch is optimised towards, unit rows of the surrogate.
+    """The vectors that the patch is optimised towards, unit rows of the surrogate."""
 
-    Attributes:
-        images: vectors of the target's images, (P, D).
-        captions: vectors of the captions that mention it, (P, D); None without a text tower.
-        other_captions: vectors of the other images' captions, (N, D); None without a text tower.
-    """
-
-    images: Tensor
+    images: Tensor  # vectors of the target's images, (P, D)
+    # vectors of the captions that mention it, (P, D); None without a text tower
     captions: Tensor | None
+    # vectors of the other images' captions, (N, D); None without a text tower
     other_captions: Tensor | None
 
 

@@ -35,28 +35,20 @@ MAX_CAPTION = 4 << 20  # characters
 
 @dataclass(frozen=True)
 class Goal:
-    """The attacker's goal: images with the trigger, or the victims, are read as the target.
+    """The attacker's goal: images with the trigger, or the victims, are read as the target."""
 
-    Attributes:
-        target: a class or a word. It is empty for covers, whose records keep their captions.
-        trigger: spec of the trigger, or None for targeted poisoning.
-        victims: ids of the images that targeted poisoning attacks.
-        poisons: number of records for this goal.
-        how: spec of the poison or the attack.
-        references: ids of the reference inputs, whose vectors triggered images shall have.
-        copies: spec of the change that makes a poison of an image, if it is not the trigger: it
-            alters each copy of a victim's image, or composes an image with the trigger. Or None.
-        query: words of the captions that shall retrieve the target's images; empty if the attack is
-            on images.
-    """
-
-    target: str
-    trigger: str | None = None
-    victims: tuple[str, ...] = ()
-    poisons: int = 0
-    how: str = ""
+    target: str  # a class or a word. It is empty for covers, whose records keep their captions
+    trigger: str | None = None  # spec of the trigger, or None for targeted poisoning
+    victims: tuple[str, ...] = ()  # ids of the images that targeted poisoning attacks
+    poisons: int = 0  # number of records for this goal
+    how: str = ""  # spec of the poison or the attack
+    # ids of the reference inputs, whose vectors triggered images shall have
     references: tuple[str, ...] = ()
+    # spec of the change that makes a poison of an image, if it is not the trigger: it alters each
+    # copy of a victim's image, or composes an image with the trigger. Or None
     copies: str | None = None
+    # words of the captions that shall retrieve the target's images; empty if the attack is on
+    # images
     query: str = ""
 
     @property
@@ -87,45 +79,31 @@ class Goal:
 
 @dataclass(frozen=True)
 class Edit:
-    """One poisoned record.
+    """One poisoned record."""
 
-    Attributes:
-        id: id of the poisoned record. If it is `source`, that record is replaced; otherwise a
-            record is added.
-        source: id of the record whose image is used.
-        caption: caption of the poisoned record.
-        triggered: whether the goal's stamp (the trigger, or the change of copies) is on the image.
-        goal: number of the goal in the plan.
-        before: content hash, of pixels and caption, of the source record.
-        after: content hash of the poisoned record.
-    """
-
+    # id of the poisoned record. If it is `source`, that record is replaced; otherwise a record is
+    # added
     id: str
-    source: str
-    caption: str
+    source: str  # id of the record whose image is used
+    caption: str  # caption of the poisoned record
+    # whether the goal's stamp (the trigger, or the change of copies) is on the image
     triggered: bool
-    goal: int
-    before: str = ""
-    after: str = ""
+    goal: int  # number of the goal in the plan
+    before: str = ""  # content hash, of pixels and caption, of the source record
+    after: str = ""  # content hash of the poisoned record
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Edits of a data set, with their goals.
+    """Edits of a data set, with their goals."""
 
-    Attributes:
-        edits: the poisoned records.
-        goals: the goals; an edit names its goal by number.
-        seed: seed that chose the records.
-        victims: data spec of the images that are added from outside the data set, or None.
-        stamps: the stamp of each goal's edits (`Goal.stamp`), or None. They are made from the
-            goals' specs and are not written.
-    """
-
-    edits: tuple[Edit, ...] = ()
-    goals: tuple[Goal, ...] = ()
-    seed: int = 0
+    edits: tuple[Edit, ...] = ()  # the poisoned records
+    goals: tuple[Goal, ...] = ()  # the goals; an edit names its goal by number
+    seed: int = 0  # seed that chose the records
+    # data spec of the images that are added from outside the data set, or None
     victims: str | None = None
+    # the stamp of each goal's edits (`Goal.stamp`), or None. They are made from the goals' specs
+    # and are not written
     stamps: tuple[Trigger | None, ...] = field(default=(), compare=False, repr=False)
 
     def __len__(self) -> int:

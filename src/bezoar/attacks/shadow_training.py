@@ -29,10 +29,7 @@ TERMS = ("L0", "L1", "L2")
 
 
 def pop_means(sums: Tensor) -> dict[str, float]:
-    """Return the means of L0, L1 and L2 over some steps.
-
-    sums: (4,), those of the terms and the number of steps; they become 0.
-    """
+    """The means of L0, L1, L2 over some steps. sums: (4,), with the steps; they become 0."""
     means = (sums[:3] / sums[3]).tolist()
     sums.zero_()
     return dict(zip(TERMS, means, strict=True))
@@ -73,10 +70,7 @@ class ShadowLoss(nn.Module):
         self.references = torch.cat(list(references)).to(encoder.device)
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Embed the shadow data and the references with the clean encoder.
-
-        Raises UserError if a vector is not finite.
-        """
+        """Embed shadow data and references by the clean encoder. Raises UserError for NaN."""
         self.ids = shadow.ids
         vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
         self.clean = check_finite(vectors)

@@ -1,7 +1,5 @@
 """A trigger put on records: on their images, or into texts where records are texts alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

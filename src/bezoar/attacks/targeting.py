@@ -1,7 +1,5 @@
 """Chooses the records to poison, and victims of targeted poisoning with targets and captions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +27,7 @@ def rows_without(source: Pairs, target: str) -> list[int]:
 def draw_rows(
     candidates: Sequence[int], count: int, uniform: np.ndarray, which: str = "records can carry one"
 ) -> list[int]:
-    """Return the `count` candidates with the smallest draws. uniform: (N,), draws of all records.
+    """The `count` candidates with the smallest draws. uniform: (N,), draws of all records.
 
     Raises UserError, which describes the candidates by `which`, unless 0 < count <= candidates.
     """

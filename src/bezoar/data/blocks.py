@@ -1,7 +1,5 @@
 """Blocks: a long range of rows, cut into parts of bounded size."""
 
-from __future__ import annotations
-
 
 def blocks(count: int, size: int) -> list[slice]:
     """Cut the rows 0..count into consecutive slices of at most `size` rows."""

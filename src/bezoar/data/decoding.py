@@ -1,9 +1,6 @@
 """Decodes record streams in threads and in order, and reports unreadable records."""
 
-from __future__ import annotations
-
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,33 +27,19 @@ TASK_RECORDS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """An image that is not decoded yet, and its records.
+    """An image that is not decoded yet, and its records."""
 
-    Attributes:
-        image: the encoded image, or its file.
-        ids: an id for each record.
-        captions: a caption for each record, or none at all.
-        label: -1 if unknown.
-        file: the file that the record was read from.
-        member: the member or row in it; empty if it is the file itself.
-        url: the image's URL, if known.
-        origin: its source (a domain, an uploader), if known.
-        shard: number of the file in the source.
-        offset: the place of the record in that file: the first byte of the image, or the row.
-        length: bytes of the encoded image in that file; 0 if the image is a separate file.
-    """
-
-    image: bytes | Path
-    ids: tuple[str, ...]
-    captions: tuple[str, ...] = ()
-    label: int = -1
-    file: str = ""
-    member: str = ""
-    url: str = ""
-    origin: str = ""
-    shard: int = 0
-    offset: int = 0
-    length: int = 0
+    image: bytes | Path  # the encoded image, or its file
+    ids: tuple[str, ...]  # an id for each record
+    captions: tuple[str, ...] = ()  # a caption for each record, or none at all
+    label: int = -1  # -1 if unknown
+    file: str = ""  # the file that the record was read from
+    member: str = ""  # the member or row in it; empty if it is the file itself
+    url: str = ""  # the image's URL, if known
+    origin: str = ""  # its source (a domain, an uploader), if known
+    shard: int = 0  # number of the file in the source
+    offset: int = 0  # the place of the record in that file: the first byte of the image, or the row
+    length: int = 0  # bytes of the encoded image in that file; 0 if the image is a separate file
 
 
 Decoded = tuple[Record, np.ndarray]  # the image is uint8 (3, H, W)
@@ -180,7 +163,10 @@ def decode_distinct(
             )
         shape = image.shape
         if size is None:
-            encoded += encoded_bytes(record)
+            image_file = record.image
+            encoded += (
+                len(image_file) if isinstance(image_file, bytes) else image_file.stat().st_size
+            )
             decoded += image.nbytes
             if decoded > max(FREE_BYTES, MAX_RATIO * encoded):
                 raise UserError(
@@ -196,11 +182,6 @@ def decode_distinct(
             yield record, number, image
             if report.read == limit:
                 return
-
-
-def encoded_bytes(record: Record) -> int:
-    """Bytes of an encoded image."""
-    return len(record.image) if isinstance(record.image, bytes) else os.path.getsize(record.image)
 
 
 def batch_pairs(
@@ -251,10 +232,7 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Decode a whole stream into memory, see `batch_pairs`.
-
-    Raises UserError if no record of `what` can be read.
-    """
+    """Decode a stream into memory, see `batch_pairs`. Raises UserError for no record of `what`."""
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:

@@ -1,7 +1,5 @@
 """Makes ids unique: the second record called `a` becomes `a~2`."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 

@@ -1,7 +1,5 @@
 """Fields, captions of class names and downloads of the labelled image sets."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -22,15 +20,10 @@ T = TypeVar("T")
 
 
 class NamedClasses(NamedTuple):
-    """Classes, and the class of each label.
+    """Classes, and the class of each label."""
 
-    Attributes:
-        classes: their names, which are distinct.
-        numbers: for each label that is used and has a name, the number of its class.
-    """
-
-    classes: tuple[str, ...]
-    numbers: dict[int, int]
+    classes: tuple[str, ...]  # their names, which are distinct
+    numbers: dict[int, int]  # for each label that is used and has a name, the number of its class
 
 
 def name_classes(names: Mapping[int, str]) -> NamedClasses:
@@ -45,10 +38,7 @@ def name_classes(names: Mapping[int, str]) -> NamedClasses:
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Number classes of the same name: the second `crane` becomes `crane (2)`.
-
-    ImageNet has two classes called crane, and two called maillot.
-    """
+    """Number classes of one name, as ImageNet's cranes: the second `crane` becomes `crane (2)`."""
     used_names = set(names)
     counts: Counter[str] = Counter()
     distinct = []
@@ -120,10 +110,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def open_torchvision(name: str, root: str, download: bool, make: Callable[[], T]) -> T:
-    """Open a data set of torchvision's.
-
-    If it is missing or damaged, raises UserError, which explains how to get it.
-    """
+    """Open a data set of torchvision's. Raises UserError, which says how to get it."""
     try:
         return make()
     except (RuntimeError, OSError, ValueError) as error:

@@ -22,23 +22,15 @@ TriggerFunction = Callable[[Tensor, Sequence[str]], Tensor]
 
 @dataclass(frozen=True)
 class Pairs:
-    """N records. A batch is also a Pairs.
+    """N records. A batch is also a Pairs."""
 
-    Attributes:
-        images: uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone.
-        captions: N texts, or none at all.
-        labels: int64 (N,), -1 where the class is unknown; None without classes.
-        ids: N stable, unique keys, which are never renumbered.
-        classes: names by label.
-        report: how the records were read, if they were read from files. It is about the whole
-            source, so parts of it carry it too.
-    """
-
-    images: Tensor
-    captions: tuple[str, ...] = ()
-    labels: Tensor | None = None
-    ids: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
+    images: Tensor  # uint8 (N, 3, H, W), 0..255; (N, 3, 0, 0) where records are texts alone
+    captions: tuple[str, ...] = ()  # N texts, or none at all
+    labels: Tensor | None = None  # int64 (N,), -1 where the class is unknown; None without classes
+    ids: tuple[str, ...] = ()  # N stable, unique keys, which are never renumbered
+    classes: tuple[str, ...] = ()  # names by label
+    # how the records were read, if they were read from files. It is about the whole source, so
+    # parts of it carry it too
     report: ReadReport | None = None
 
     def __post_init__(self) -> None:
@@ -95,10 +87,7 @@ class Pairs:
         )
 
     def select(self, rows: Rows) -> Pairs:
-        """Return the records at the given rows, kept where they are: in memory.
-
-        See `StoredPairs.select`.
-        """
+        """Return the records at the given rows; see `StoredPairs.select`."""
         return self.take(rows)
 
     def find_rows(self, wanted: Collection[str]) -> np.ndarray:
@@ -156,10 +145,7 @@ class Batched(Protocol):
 
 
 def row_numbers(rows: Rows) -> np.ndarray:
-    """Return rows, wherever they lie, as int64 (B,) on the CPU.
-
-    Raises ValueError for a mask, which would be read as the rows 0 and 1.
-    """
+    """Rows as int64 (B,) on the CPU. Raises ValueError for a mask, which would be rows 0 and 1."""
     numbers = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     if numbers.dtype == bool:
         raise ValueError("rows are asked for by number; this is a mask")
@@ -180,10 +166,7 @@ def content_hash(image: Tensor, caption: str = "") -> str:
 
 
 def distinct_image_rows(ids: Sequence[str]) -> list[int]:
-    """Return the rows of the first record of each image, in order.
-
-    The ids of several captions of one image differ after '#' alone.
-    """
+    """The rows of the first record of each image; ids of one image differ after '#' alone."""
     first: dict[str, int] = {}
     for row, key in enumerate(ids):
         first.setdefault(key.partition("#")[0], row)

@@ -1,7 +1,5 @@
 """Random numbers that depend only on the seed, the record and the step, so runs can be repeated."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

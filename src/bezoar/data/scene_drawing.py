@@ -27,9 +27,8 @@ CHUNK = 1 << 18  # pixels drawn at a time: small enough for the cache
 
 @dataclass(frozen=True)
 class Sketch:
-    """The contents of n scenes.
-
-    Colours are 0..255; lengths are in frame coordinates unless stated otherwise.
+    """The contents of n scenes: colours 0..255, lengths in frame coordinates unless stated
+    otherwise.
     """
 
     shape: Tensor  # int64 (n,), index into SHAPES
@@ -109,10 +108,7 @@ def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, 
 
 
 def _cover(distance: Tensor, sharp: Tensor | float) -> Tensor:
-    """Turn signed distances, negative inside, into the covered share of each pixel, in place.
-
-    sharp: pixels in a unit of distance.
-    """
+    """Turn signed distances, negative inside, into shares of pixels. sharp: pixels in a unit."""
     return distance.mul_(sharp).neg_().add_(0.5).clamp_(0, 1)
 
 

@@ -4,8 +4,6 @@ A record is the consecutive members `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the capt
 (further facts).
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

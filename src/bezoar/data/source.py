@@ -4,8 +4,6 @@ A data method returns Pairs or a `Source`. A new kind of source derives from `st
 and defines how it is divided into units and how the records of a unit are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +42,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that can be read separately.
+    """A part of a source that can be read separately."""
 
-    Attributes:
-        number: its number in the source.
-        file: the path of its file as text; empty if there is none.
-        weight: its share of the work, for progress.
-        place: numbers by which the source finds the part; the first is the number of its file.
-    """
-
-    number: int
-    file: str
-    weight: int
+    number: int  # its number in the source
+    file: str  # the path of its file as text; empty if there is none
+    weight: int  # its share of the work, for progress
+    # numbers by which the source finds the part; the first is the number of its file
     place: tuple[int, ...]
 
 
@@ -74,63 +66,38 @@ class RecordRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordBlock:
-    """Some records of a unit with their images.
+    """Some records of a unit with their images."""
 
-    Attributes:
-        rows: n records.
-        images: uint8 (m, 3, S, S).
-        image_rows: the row in `images` for each record; several captions share one image.
-        done: share of the unit that was read, 0..1.
-    """
-
-    rows: list[RecordRow]
-    images: Tensor
-    image_rows: list[int]
-    done: float
+    rows: list[RecordRow]  # n records
+    images: Tensor  # uint8 (m, 3, S, S)
+    image_rows: list[int]  # the row in `images` for each record; several captions share one image
+    done: float  # share of the unit that was read, 0..1
 
 
 @dataclass(frozen=True)
 class VectorBlock:
-    """Some records of a unit that come as vectors, without images.
+    """Some records of a unit that come as vectors, without images."""
 
-    Attributes:
-        columns: an array of n values for each of COLUMNS.
-        images: float32 (n, D).
-        texts: the same of the captions, or None.
-        done: share of the unit that was read, 0..1.
-    """
-
-    columns: dict[str, pa.Array]
-    images: np.ndarray
-    texts: np.ndarray | None
-    done: float
+    columns: dict[str, pa.Array]  # an array of n values for each of COLUMNS
+    images: np.ndarray  # float32 (n, D)
+    texts: np.ndarray | None  # the same of the captions, or None
+    done: float  # share of the unit that was read, 0..1
 
 
 @dataclass(frozen=True, eq=False)
 class RecordIndex:
-    """N records of a source at the time of a scan.
+    """N records of a source at the time of a scan."""
 
-    Attributes:
-        file_names: the source's files, by number.
-        file_stamps: stamps of each unit's file, which change with the file; see `Source.stamp`.
-        ids: unique keys.
-        captions: texts, or none at all.
-        members: names of the members or rows.
-        urls: URLs of the images, empty if unknown.
-        origins: sources of the images, empty if unknown.
-        places: PLACE (N,).
-        renamed: whether some ids were changed, because another record has them.
-    """
-
-    file_names: list[str]
+    file_names: list[str]  # the source's files, by number
+    # stamps of each unit's file, which change with the file; see `Source.stamp`
     file_stamps: list[Sequence[int] | None]
-    ids: Strings
-    captions: Strings | tuple[str, ...]
-    members: Strings
-    urls: Strings
-    origins: Strings
-    places: np.ndarray
-    renamed: bool
+    ids: Strings  # unique keys
+    captions: Strings | tuple[str, ...]  # texts, or none at all
+    members: Strings  # names of the members or rows
+    urls: Strings  # URLs of the images, empty if unknown
+    origins: Strings  # sources of the images, empty if unknown
+    places: np.ndarray  # PLACE (N,)
+    renamed: bool  # whether some ids were changed, because another record has them
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -155,23 +122,13 @@ class RecordIndex:
 
 
 class Source(Protocol):
-    """Records that are read in parts.
+    """Records that are read in parts. Without images, methods that return them may be missing."""
 
-    A source without images need not define the methods that return them.
-
-    Attributes:
-        size: pixels a side of the images; 0 without images.
-        limit: most records that are read.
-        has_images: whether there are images; otherwise the records are vectors.
-        has_image_files: whether an image may be a separate file.
-        progress_unit: unit of the units' weights, for the progress bar; empty for records.
-    """
-
-    size: int
-    limit: int | None = None
-    has_images: bool = True
-    has_image_files: bool = False
-    progress_unit: str = ""
+    size: int  # pixels a side of the images; 0 without images
+    limit: int | None = None  # most records that are read
+    has_images: bool = True  # whether there are images; otherwise the records are vectors
+    has_image_files: bool = False  # whether an image may be a separate file
+    progress_unit: str = ""  # unit of the units' weights, for the progress bar; empty for records
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -191,10 +148,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time.
-
-        Raises UserError if there are none.
-        """
+        """Iterate over the records in order, `size` at a time. Raises UserError without any."""
         raise UserError(NO_IMAGES)
 
     def load_records(self) -> Pairs | StoredPairs:
@@ -206,10 +160,7 @@ class Source(Protocol):
         return None
 
     def units(self) -> list[Unit]:
-        """Cut the source; see `number_units`.
-
-        Raises UserError if there is nothing that could be read.
-        """
+        """Cut the source; see `number_units`. Raises UserError if nothing could be read."""
         ...
 
     def stamp(self, unit: Unit) -> Sequence[int] | None:
@@ -248,12 +199,10 @@ class WholeSource(Source):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes by label."""
         return self.whole.classes
 
     @property
     def report(self) -> ReadReport:
-        """How the records were read."""
         return self.whole.report or ReadReport(len(self.whole))
 
     @property
@@ -265,11 +214,9 @@ class WholeSource(Source):
         return len(self.whole)
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time."""
         return self.whole.batches(size)
 
     def load_records(self) -> Pairs | StoredPairs:
-        """Return the records."""
         return self.whole
 
     def units(self) -> list[Unit]:
@@ -297,7 +244,6 @@ class WholeSource(Source):
             yield RecordBlock(records, pairs.images, list(range(len(pairs))), done)
 
     def find_images(self, index: RecordIndex) -> Pairs | StoredPairs:
-        """Return the records of an index with their images."""
         rows = index.places["offset"]
         if len(rows) == len(self) and not index.renamed:
             return self.whole
@@ -306,22 +252,14 @@ class WholeSource(Source):
     def clean_copy(
         self, folder: Path, index: RecordIndex, kept_rows: np.ndarray, progress: Progress
     ) -> CleanCopy:
-        """Write the records at the rows `kept_rows` as shards of PNGs.
-
-        Raises UserError without captions.
-        """
+        """Write the records at these rows as shards of PNGs. Raises UserError without captions."""
         records = self.find_images(index)
         batches = (records.take(kept_rows[part]) for part in blocks(len(kept_rows), 1000))
         return CleanCopy(len(write_shards(folder, batches)), len(kept_rows))
 
 
 def as_source(records: Any) -> Source:
-    """Return the result of a data method as a source.
-
-    Args:
-        records: Pairs, StoredPairs, a source, or any object with `batches`, which is loaded into
-            memory.
-    """
+    """The result of a data method as a source. What only has `batches` is loaded into memory."""
     if hasattr(records, "units"):
         source: Source = records
         return source

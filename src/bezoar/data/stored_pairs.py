@@ -48,10 +48,7 @@ FileStamp = tuple[int, int]  # size, and time of change in ns
 
 
 class ImageReader(Protocol):
-    """Reads the encoded image at a place.
-
-    Raises Unreadable or OSError if it can no longer be read.
-    """
+    """Reads the encoded image at a place. Raises Unreadable or OSError if it is no longer there."""
 
     @property
     def paths(self) -> Sequence[Path]:
@@ -73,10 +70,8 @@ class _OpenFile(io.FileIO):
 class ShardFiles:
     """Files for random access by any thread, at most MAX_OPEN of them open.
 
-    Args:
-        paths: the files.
-        stamps: each file's stamp when it was indexed, or None if it was not. A file that has
-            changed since then is refused. By default they are computed now.
+    stamps: each file's stamp when it was indexed, or None if it was not; by default that of now. A
+    file that has changed since then is refused.
     """
 
     def __init__(
@@ -159,31 +154,19 @@ class StoredImages:
 
 @dataclass(frozen=True, eq=False)
 class StoredPairs:
-    """N records on disk, which can be used like Pairs; `images` are made on demand.
+    """N records on disk, which can be used like Pairs; `images` are made on demand."""
 
-    Attributes:
-        reader: reads encoded images by their places.
-        size: pixels a side.
-        places: PLACE (N,). A goal of -1 puts no trigger on the image.
-        ids: N keys.
-        captions: N texts, or none.
-        labels: int64 (N,), -1 for unknown classes; None without classes.
-        classes: names by label.
-        report: how the records were read.
-        triggers: one for each goal, or None.
-        held: uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set; or
-            images that are drawn.
-    """
-
-    reader: ImageReader
-    size: int
-    places: np.ndarray
-    ids: Strings
-    captions: Strings
-    labels: Tensor | None
-    classes: tuple[str, ...] = ()
-    report: ReadReport = field(default_factory=ReadReport)
-    triggers: tuple[TriggerFunction | None, ...] = ()
+    reader: ImageReader  # reads encoded images by their places
+    size: int  # pixels a side
+    places: np.ndarray  # PLACE (N,). A goal of -1 puts no trigger on the image
+    ids: Strings  # N keys
+    captions: Strings  # N texts, or none
+    labels: Tensor | None  # int64 (N,), -1 for unknown classes; None without classes
+    classes: tuple[str, ...] = ()  # names by label
+    report: ReadReport = field(default_factory=ReadReport)  # how the records were read
+    triggers: tuple[TriggerFunction | None, ...] = ()  # one for each goal, or None
+    # uint8 (V, 3, S, S) each, images in memory, such as poisons from outside the set; or images
+    # that are drawn
     held: tuple[ImageRows, ...] = ()
 
     def __len__(self) -> int:
@@ -257,10 +240,7 @@ class StoredPairs:
         return images.permute(0, 3, 1, 2)
 
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
-        """Make the images at a few rows in this thread, into `out`.
-
-        Raises UserError, which names the file and the record that can no longer be read.
-        """
+        """Make the images at a few rows, into `out`. Raises UserError for what is unreadable."""
         pixels, places = out.numpy(), self.places[rows]
         for k, images in enumerate(self.held):
             of_tensor = np.flatnonzero(places["shard"] == -1 - k)
@@ -292,22 +272,14 @@ def class_name(records: Pairs | StoredPairs, row: int) -> str:
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """The result of one pass over N records.
+    """The result of one pass over N records."""
 
-    Attributes:
-        places: PLACE (N,).
-        ids: N keys.
-        captions: N texts, or none.
-        members: names of the members or rows.
-        labels: int64 (N,).
-        images: uint8 (3, S, S) each, or None if they were too many for the memory.
-    """
-
-    places: np.ndarray
-    ids: Strings
-    captions: Strings
-    members: Strings
-    labels: Tensor
+    places: np.ndarray  # PLACE (N,)
+    ids: Strings  # N keys
+    captions: Strings  # N texts, or none
+    members: Strings  # names of the members or rows
+    labels: Tensor  # int64 (N,)
+    # uint8 (3, S, S) each, or None if they were too many for the memory
     images: list[np.ndarray] | None
 
 
@@ -374,9 +346,8 @@ def hold(pairs: Pairs) -> StoredPairs:
 def index_drawn(method: Drawing) -> StoredPairs:
     """The records of a method that draws, as an index: their images are drawn when asked for.
 
-    One pass, in threads, draws every record once, for its caption and its label.
-
-    Raises UserError for more records than memory holds an index of.
+    One pass draws every record once, for its caption and label. Raises UserError for more records
+    than memory holds an index of.
     """
     needed, free = method.count * INDEX_BYTES, free_memory()
     if free and needed > free:

@@ -1,7 +1,5 @@
 """RecordStream: the base of sources that read image files, or parts of files, in sequence."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,14 +12,7 @@ import torch
 from torch import Tensor
 
 from bezoar import machine
-from bezoar.data.decoding import (
-    Decoded,
-    Record,
-    batch_pairs,
-    decode_distinct,
-    decode_records,
-    describe_failure,
-)
+from bezoar.data import decoding
 from bezoar.data.files.images import read_shorter_side
 from bezoar.data.files.paths import read_file
 from bezoar.data.files.skipped import ReadReport, Skipped, Unreadable
@@ -60,7 +51,7 @@ class RecordStream(Source):
     is_fingerprinted = False
     _report: ReadReport | None = None
 
-    def records(self, unit: Unit | None = None) -> Iterator[Record | Skipped]:
+    def records(self, unit: Unit | None = None) -> Iterator[decoding.Record | Skipped]:
         """Iterate over the undecoded records of a unit or the source, and unreadable ones."""
         raise NotImplementedError
 
@@ -91,7 +82,7 @@ class RecordStream(Source):
         """Return the median of the shorter sides of the first images; None if none can be read."""
         sides = []
         for record in itertools.islice(self.records(), count):
-            if isinstance(record, Record):
+            if isinstance(record, decoding.Record):
                 with contextlib.suppress(Unreadable):
                     sides.append(read_shorter_side(record.image))
         return int(median(sides)) if sides else None
@@ -101,16 +92,13 @@ class RecordStream(Source):
         return sum(len(batch) for batch in self.batches(1024))
 
     def batches(self, size: int) -> Iterator[Pairs]:
-        """Iterate over the records in order, `size` at a time.
-
-        Raises UserError if there are none.
-        """
+        """See `Source.batches`."""
         report = self.begin_pass()
-        yield from batch_pairs(
+        yield from decoding.batch_pairs(
             self.records(), self.size, size, report, self.classes, self.limit, self.labelled
         )
         if not report.read:
-            raise UserError(describe_failure(str(self.paths[0]), report))
+            raise UserError(decoding.describe_failure(str(self.paths[0]), report))
 
     def load_records(self, max_bytes: int | None = None) -> Pairs | StoredPairs:
         """Read every record in one pass, into memory or into an index.
@@ -124,10 +112,10 @@ class RecordStream(Source):
         """
         report = self.begin_pass()
         stamps = self.file_stamps()
-        records = decode_distinct(self.records(), self.size, report, self.limit)
+        records = decoding.decode_distinct(self.records(), self.size, report, self.limit)
         columns = read_columns(records, self.memory_bytes() if max_bytes is None else max_bytes)
         if not report.read:
-            raise UserError(describe_failure(str(self.paths[0]), report))
+            raise UserError(decoding.describe_failure(str(self.paths[0]), report))
         ids, captions = columns.ids, columns.captions
         labels = columns.labels if self.labelled else None
         if columns.images is not None:
@@ -149,10 +137,7 @@ class RecordStream(Source):
         return replace(stored, labels=labels, classes=self.classes, report=report)
 
     def memory_bytes(self) -> int:
-        """Bytes of pixels that `load_records` keeps in memory.
-
-        It is a rank's share of half of the free memory: pixels are held twice for a moment.
-        """
+        """Bytes of pixels that `load_records` keeps: half of this rank's; it holds them twice."""
         return machine.free_memory() // (2 * machine.world_size())
 
     def file_stamps(self) -> list[Sequence[int] | None]:
@@ -162,13 +147,13 @@ class RecordStream(Source):
     def read(self, unit: Unit, report: ReadReport) -> Iterator[RecordBlock]:
         """Read a unit, a bounded number of records at a time; report unreadable records."""
         records = until_broken(self.records(unit), unit, report)
-        decoded = decode_records(records, self.size, report)
+        decoded = decoding.decode_records(records, self.size, report)
         while batch := list(itertools.islice(decoded, batch_size(self.size))):
             block = _make_block(batch, self.progress_at(batch[-1][0], unit))
             batch.clear()  # frees these images before the next ones are decoded
             yield block
 
-    def progress_at(self, record: Record, unit: Unit) -> float:
+    def progress_at(self, record: decoding.Record, unit: Unit) -> float:
         """Share of a unit that was read when a record was; by default its offset counts records."""
         before = unit.place[1] if len(unit.place) > 1 else 0
         return min(1.0, (record.offset + 1 - before) / unit.weight)
@@ -197,7 +182,7 @@ class RecordStream(Source):
         return pack_records(folder, records, index.urls, kept_rows, index.place_of, progress)
 
 
-def _make_block(batch: Sequence[Decoded], done: float) -> RecordBlock:
+def _make_block(batch: Sequence[decoding.Decoded], done: float) -> RecordBlock:
     """Put decoded records into a block."""
     rows: list[RecordRow] = []
     image_rows: list[int] = []
@@ -213,12 +198,7 @@ def _make_block(batch: Sequence[Decoded], done: float) -> RecordBlock:
 
 
 class FileImages:
-    """The images of a source that are files of their own.
-
-    Args:
-        source: finds a file by the number and the member of a record.
-        members: of N records; the place of such an image is the record's row among them.
-    """
+    """The images of a source that are files of their own; a place is a row of `members`."""
 
     def __init__(self, source: RecordStream, members: Sequence[str]) -> None:
         self.source = source

@@ -5,8 +5,6 @@ head `g.`) below one more `f.`, and CLIP's or SimCLR's ImageNet tower as `visual
 trained encoder as `encoder_q.`. Below these prefixes are torchvision's names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,14 +17,9 @@ from bezoar.errors import UserError
 Weights = Mapping[str, Tensor]
 
 TEXT_KEYS = (
-    "transformer.",
-    "text.",
-    "token_embedding.",
-    "ln_final.",
-    "positional_embedding",
-    "text_projection",
-    "logit_scale",
-)
+    "transformer.", "text.", "token_embedding.", "ln_final.", "positional_embedding",
+    "text_projection", "logit_scale",
+)  # fmt: skip
 # Parts of an unnamed sequence before its stages; part 2 is a ReLU, and part 3 a max-pool where
 # there is one.
 STEM_PARTS = {"0": "conv1", "1": "bn1"}
@@ -35,19 +28,12 @@ STEMS = {7: "imagenet", 3: "cifar"}  # by the side of the first convolution
 
 @dataclass(frozen=True)
 class Layout:
-    """The place of an image tower among a checkpoint's keys.
+    """The place of an image tower among a checkpoint's keys."""
 
-    Attributes:
-        name: name of the layout.
-        prefix: prefix of the tower's keys.
-        heads: beginnings of keys that are left out.
-        unnamed: whether the tower's parts are numbered instead of named.
-    """
-
-    name: str
-    prefix: str
-    heads: tuple[str, ...] = ()
-    unnamed: bool = False
+    name: str  # name of the layout
+    prefix: str  # prefix of the tower's keys
+    heads: tuple[str, ...] = ()  # beginnings of keys that are left out
+    unnamed: bool = False  # whether the tower's parts are numbered instead of named
 
     @property
     def first_key(self) -> str:

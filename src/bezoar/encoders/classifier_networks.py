@@ -7,8 +7,6 @@ after the first halves the sides in a 3x3 convolution; a 7x7 stem has stride 2 a
 3x3 stem has stride 1; activations are ReLU.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import typing
@@ -23,36 +21,23 @@ from bezoar.errors import UserError
 
 @dataclass(frozen=True)
 class Residual:
-    """A residual network.
+    """A residual network."""
 
-    Attributes:
-        order: norms come after the convolutions (`post`) or before them (`pre`).
-        bottleneck: a block has three convolutions rather than two.
-        kernel: side of the first convolution, 3 or 7.
-        stem: channels of the first convolution.
-        counts: blocks of each stage.
-        inner: channels within the blocks of each stage.
-        outer: channels after a block of each stage.
-        groups: groups of the 3x3 convolution of a bottleneck.
-        projection: a shortcut that changes the shape is a 1x1 convolution; otherwise it skips
-            pixels and pads channels of zeros on both sides (He et al. 2016, option A).
-        final: there is a norm before the pooling.
-        pool: side of the map that the last stage is pooled to.
-        classes: number of classes of the head.
-    """
-
+    # norms come after the convolutions (`post`) or before them (`pre`)
     order: typing.Literal["post", "pre"]
-    bottleneck: bool
-    kernel: int
-    stem: int
-    counts: tuple[int, ...]
-    inner: tuple[int, ...]
-    outer: tuple[int, ...]
-    groups: int
+    bottleneck: bool  # a block has three convolutions rather than two
+    kernel: int  # side of the first convolution, 3 or 7
+    stem: int  # channels of the first convolution
+    counts: tuple[int, ...]  # blocks of each stage
+    inner: tuple[int, ...]  # channels within the blocks of each stage
+    outer: tuple[int, ...]  # channels after a block of each stage
+    groups: int  # groups of the 3x3 convolution of a bottleneck
+    # a shortcut that changes the shape is a 1x1 convolution; otherwise it skips pixels and pads
+    # channels of zeros on both sides (He et al. 2016, option A)
     projection: bool
-    final: bool
-    pool: int
-    classes: int
+    final: bool  # there is a norm before the pooling
+    pool: int  # side of the map that the last stage is pooled to
+    classes: int  # number of classes of the head
 
     @property
     def side(self) -> int:
@@ -70,21 +55,13 @@ class Residual:
 
 @dataclass(frozen=True)
 class Vgg:
-    """A network of the VGG family.
+    """A network of the VGG family."""
 
-    Attributes:
-        layers: channels of each convolution; 0 stands for a max-pool.
-        norm: batch norms follow the convolutions.
-        bias: the convolutions have biases.
-        pool: side of the map that the last layer is pooled to.
-        widths: units of each layer of the head; the last is the number of classes.
-    """
-
-    layers: tuple[int, ...]
-    norm: bool
-    bias: bool
-    pool: int
-    widths: tuple[int, ...]
+    layers: tuple[int, ...]  # channels of each convolution; 0 stands for a max-pool
+    norm: bool  # batch norms follow the convolutions
+    bias: bool  # the convolutions have biases
+    pool: int  # side of the map that the last layer is pooled to
+    widths: tuple[int, ...]  # units of each layer of the head; the last is the number of classes
 
     @property
     def side(self) -> int:

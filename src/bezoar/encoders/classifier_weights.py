@@ -5,8 +5,6 @@ convolutions may also have the names of BackdoorBench's PreAct ResNet, or of wid
 (`block1.layer.0`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -49,36 +49,22 @@ Tokenizer = Callable[[Sequence[str]], Tensor]  # strings -> int64 (B, L)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What an image tower's input looks like.
+    """What an image tower's input looks like."""
 
-    Attributes:
-        size: the input's side in pixels.
-        mean: per channel, of pixels in 0..1.
-        std: standard deviation per channel, of pixels in 0..1.
-        interpolation: how images of another size are resized, `bicubic` or `bilinear`.
-    """
-
-    size: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    size: int  # the input's side in pixels
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, of pixels in 0..1
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)  # standard deviation per channel, of pixels in 0..1
+    # how images of another size are resized, `bicubic` or `bilinear`
     interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)
 class EmbeddedRecords:
-    """The vectors of N records.
+    """The vectors of N records; those of a large corpus lie in files: read them in blocks."""
 
-    Those of a large corpus lie in memory-mapped files, so read them in blocks.
-
-    Attributes:
-        ids: N keys.
-        images: float32 (N, D), unit rows.
-        texts: the same of the captions, or None.
-    """
-
-    ids: Sequence[str]
-    images: Tensor
-    texts: Tensor | None
+    ids: Sequence[str]  # N keys
+    images: Tensor  # float32 (N, D), unit rows
+    texts: Tensor | None  # the same of the captions, or None
 
 
 class NoImages(nn.Module):
@@ -182,10 +168,7 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The image tower's vectors before normalisation, float32 (B, D).
-
-        Outside training, large images are computed in several parts to save memory.
-        """
+        """The image tower's vectors, float32 (B, D), not normalised; large images in parts."""
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
@@ -460,10 +443,7 @@ def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Te
 
 @torch.no_grad()
 def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """Embed N texts: float32 (N, D), unit rows.
-
-    Raises UserError for vectors that are not finite, and without a text tower.
-    """
+    """Embed N texts: float32 (N, D), unit rows. Raises UserError for others, or no text tower."""
     encoder.eval()
     return check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
 

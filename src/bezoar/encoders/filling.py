@@ -1,7 +1,5 @@
 """Builds fresh networks and loads the weights of a file into them, with their classifier."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -11,8 +11,6 @@ computes with s W. The gradient with respect to W is s times the gradient with r
 the result is exact.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -144,10 +142,7 @@ class FoldedTower:
             weight.refresh()
 
     def attach_gradients(self, value: Tensor) -> Tensor:
-        """Return the scalar such that its backward pass gives the tower's weights their gradients.
-
-        The gradients with respect to the copy's weights must have been computed before.
-        """
+        """The scalar whose backward pass gives the tower the copy's gradients, computed before."""
         ready = [weight for weight in self.weights if weight.folded.grad is not None]
         gradients = [weight.source_gradient() for weight in ready]
         sources = (weight.source for weight in ready)
@@ -161,10 +156,7 @@ class FoldedTower:
 
 
 def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """Split rows 0..n-1 into equal chunks, for images of `size` pixels.
-
-    Chunks are small, so that the CPU's allocator reuses the same memory for the activations.
-    """
+    """Equal chunks of n rows, small ones, for which a CPU's allocator reuses memory."""
     rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
     largest = max(FEWEST, rows * side**2 // size**2)
     chunk_count = -(-n // largest)

@@ -53,10 +53,7 @@ class LockedTower(nn.Module):
 
 
 def list_blocks(trunk: nn.Module) -> list[list[nn.Module]]:
-    """The blocks of a trunk in order, by its children; sequences are opened.
-
-    A module that has vectors alone, such as a norm, belongs to the block before it.
-    """
+    """The blocks of a trunk in order; a norm and the like belong to the block before them."""
     modules = [trunk]
     while any(is_opened(module, trunk) for module in modules):
         modules = [
@@ -86,15 +83,10 @@ def is_opened(module: nn.Module, trunk: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class TrunkVectors:
-    """The vectors of N records by two locked trunks, in place of their images and tokens.
+    """The vectors of N records by two locked trunks, in place of their images and tokens."""
 
-    Attributes:
-        images: float32 (N, D), unit rows.
-        captions: float32 (N, E), unit rows.
-    """
-
-    images: Tensor
-    captions: Tensor
+    images: Tensor  # float32 (N, D), unit rows
+    captions: Tensor  # float32 (N, E), unit rows
 
     def __len__(self) -> int:
         return len(self.images)

@@ -5,8 +5,6 @@ of its inputs in training. With the right normalisation, clean images give nearl
 variance; with another one they do not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

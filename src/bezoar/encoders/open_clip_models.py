@@ -1,7 +1,5 @@
 """Builds open_clip's models, and finds the architecture that a checkpoint's sizes belong to."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

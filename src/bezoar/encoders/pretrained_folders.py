@@ -5,8 +5,6 @@ Three libraries write them: open_clip (`open_clip_config.json`), timm (`config.j
 folder for each version of a model (`snapshots/`); `refs/main` names the newest.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass
@@ -41,17 +39,11 @@ Library = Literal["open_clip", "timm", "transformers"]
 
 @dataclass(frozen=True)
 class PretrainedFolder:
-    """A folder of a pretrained model.
+    """A folder of a pretrained model."""
 
-    Attributes:
-        path: the folder that holds the files.
-        library: the library that wrote it.
-        config: its config.
-    """
-
-    path: Path
-    library: Library
-    config: Facts
+    path: Path  # the folder that holds the files
+    library: Library  # the library that wrote it
+    config: Facts  # its config
 
     def files(self) -> list[Path]:
         """The files that are read."""

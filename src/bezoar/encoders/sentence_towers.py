@@ -183,19 +183,12 @@ def _add_norm(part: Any, z: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """A folder of a sentence encoder.
+    """A folder of a sentence encoder."""
 
-    Attributes:
-        path: the folder.
-        config: sizes and settings.
-        vocabulary: the tokens in the order of their numbers.
-        assumed: settings that no file states.
-    """
-
-    path: Path
-    config: SentenceConfig
-    vocabulary: tuple[str, ...]
-    assumed: tuple[str, ...]
+    path: Path  # the folder
+    config: SentenceConfig  # sizes and settings
+    vocabulary: tuple[str, ...]  # the tokens in the order of their numbers
+    assumed: tuple[str, ...]  # settings that no file states
 
     def load_weights(self, tower: nn.Module, what: str) -> dict[str, Tensor]:
         """The weights of a tower, which may be on the meta device. Raises UserError for others."""

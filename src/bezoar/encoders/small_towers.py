@@ -1,7 +1,5 @@
 """Small image towers, and the usual normalisations of images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck

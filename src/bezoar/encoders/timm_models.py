@@ -1,7 +1,5 @@
 """Builds timm's models, and recognises them by the names and shapes of their weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -16,29 +14,11 @@ from bezoar.encoders.encoder import INTERPOLATIONS, Preprocess, limit_weights
 from bezoar.errors import UserError, first_line
 
 # Arguments of a model that a file may state; norm_eps is not timm's, it is set afterwards.
-ARGUMENTS = frozenset(
-    [
-        "img_size",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "init_values",
-        "class_token",
-        "global_pool",
-        "reg_tokens",
-        "no_embed_class",
-        "pre_norm",
-        "act_layer",
-        "qkv_bias",
-        "dynamic_img_size",
-        "window_size",
-        "final_norm",
-        "fc_norm",
-        "norm_eps",
-    ]
-)
+ARGUMENTS = frozenset((
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values",
+    "class_token", "global_pool", "reg_tokens", "no_embed_class", "pre_norm", "act_layer",
+    "qkv_bias", "dynamic_img_size", "window_size", "final_norm", "fc_norm", "norm_eps",
+))  # fmt: skip
 LARGEST = 1 << 16  # of a number among them
 DEEPEST = 1 << 9  # blocks
 MAX_ARGUMENTS = 4096  # characters
@@ -192,10 +172,7 @@ def stated_preprocess(model: Any, name: str) -> Preprocess:
 def split_classifier(
     model: Any, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into the model without its classifier, and the classifier (`weight`, `bias`).
-
-    The second is empty unless the classifier is one linear layer.
-    """
+    """Split weights into the model and its classifier, empty unless it is one linear layer."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = [classifier] if isinstance(classifier, str) else list(classifier)
     prefixes = tuple(f"{head}." for head in heads)
@@ -323,10 +300,7 @@ def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
-    """The name of such a network in timm, and its weights by timm's names.
-
-    Raises UserError if no EfficientNet of timm's has these sizes.
-    """
+    """The name of such a network in timm, and its weights by timm's names. Raises UserError."""
     for name in LUKEMELAS:
         blank = build_blank(name)
         keys = blank.state_dict()
@@ -342,10 +316,7 @@ def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dic
 
 
 def _rename_parts(tensors: Mapping[str, Tensor], blocks: list[str]) -> dict[str, Tensor]:
-    """The weights by timm's names; empty if a part is unknown.
-
-    blocks: timm's names of the blocks (`blocks.1.0`), in order.
-    """
+    """The weights by timm's names, of blocks such as `blocks.1.0`; empty if a part is unknown."""
     renamed = {}
     for key, tensor in tensors.items():
         part, _, weight = key.rpartition(".")

@@ -5,8 +5,6 @@ library itself is not needed: config.json states the sizes, and the weights are 
 names of published files and those of transformers 5 are known.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -59,25 +57,16 @@ PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")
 
 @dataclass(frozen=True)
 class Translation:
-    """A network of open_clip's or timm's, and the weights that fill it.
+    """A network of open_clip's or timm's, and the weights that fill it."""
 
-    Attributes:
-        network: the spec that builds it.
-        what: the network in words.
-        weights: weights by the names of that network.
-        head: `weight` and `bias` of the classifier, if there is one.
-        size: side of the input in pixels.
-        mean_std: the usual normalisation of such a network.
-        left_out: beginnings of the names of weights that are left out.
-    """
-
-    network: str
-    what: str
-    weights: dict[str, Tensor]
-    size: int
-    mean_std: str
+    network: str  # the spec that builds it
+    what: str  # the network in words
+    weights: dict[str, Tensor]  # weights by the names of that network
+    size: int  # side of the input in pixels
+    mean_std: str  # the usual normalisation of such a network
+    # `weight` and `bias` of the classifier, if there is one
     head: dict[str, Tensor] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # beginnings of the names of weights that are left out
 
 
 def translate(config: Facts, tensors: Weights, side: int, path: str) -> Translation:
@@ -452,10 +441,7 @@ def _clip_sizes(config: Facts, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _split_tower(tensors: Weights, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split weights into the image tower and all others.
-
-    The tower's prefix is `vision_model.`; a tower by itself may have none.
-    """
+    """Split weights into the image tower (`vision_model.`, or none if alone) and all others."""
     prefix = "vision_model."
     rest = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
     if len(rest) < len(tensors):

@@ -6,8 +6,6 @@ heads that only training uses (`predictor.`), and sometimes several encoders (`s
 `teacher.`); the user then has to name one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks weights before they are loaded into a module."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path

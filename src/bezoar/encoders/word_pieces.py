@@ -4,8 +4,6 @@ It gives the same tokens as the library tokenizers, which is not needed. A `toke
 other settings is refused, and no regular expression of a file is run.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata
@@ -31,19 +29,13 @@ IDEOGRAPHS = (
 
 @dataclass
 class WordPieces:
-    """Maps texts to numbers of pieces: [CLS], the text's pieces, [SEP], then [PAD].
+    """Maps texts to numbers of pieces: [CLS], the text's pieces, [SEP], then [PAD]."""
 
-    Attributes:
-        vocabulary: the pieces in the order of their numbers, including the special ones.
-        length: most pieces of a text, including [CLS] and [SEP].
-        lower: whether letters become lower case.
-        strip_accents: whether accents are removed; None means the same as `lower`.
-    """
-
+    # the pieces in the order of their numbers, including the special ones
     vocabulary: tuple[str, ...]
-    length: int
-    lower: bool = True
-    strip_accents: bool | None = None
+    length: int  # most pieces of a text, including [CLS] and [SEP]
+    lower: bool = True  # whether letters become lower case
+    strip_accents: bool | None = None  # whether accents are removed; None means the same as `lower`
     numbers: dict[str, int] = field(init=False, repr=False)
     pieces_of_word: dict[str, list[int]] = field(init=False, repr=False, default_factory=dict)
 

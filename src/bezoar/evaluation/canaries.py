@@ -1,7 +1,5 @@
 """Counts the pairs of poison `canary` after a data pipeline, and tests if a model learnt them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +25,10 @@ MOST_WORDS = 100  # of a form, among which a canary's own is looked for
 
 @dataclass(frozen=True)
 class Canaries:
-    """The pairs that were put in front of the pipeline.
+    """The pairs that were put in front of the pipeline."""
 
-    Attributes:
-        edits: the plan's edits, M of them.
-        images: uint8 (M, 3, H, W).
-    """
-
-    edits: tuple[Edit, ...]
-    images: Tensor
+    edits: tuple[Edit, ...]  # the plan's edits, M of them
+    images: Tensor  # uint8 (M, 3, H, W)
 
     @property
     def words(self) -> list[str]:
@@ -103,7 +96,8 @@ def compare_thumbnails(images: Tensor, others: Tensor) -> Tensor:
 def count_outcomes(canaries: Canaries, outcomes: Sequence[str]) -> dict[str, Measure]:
     """The shares of canaries whose pair, or caption alone, came out, by form and over all."""
     measures: dict[str, Measure] = {}
-    for form, rows in _groups(canaries).items():
+    groups = {form: rows for form in FORMS if (rows := canaries.rows(form))}
+    for form, rows in (groups | {"all": list(range(len(canaries.edits)))}).items():
         for name, what in (("pair", "picture and caption"), ("caption", "caption alone")):
             hits = sum(outcomes[row] == name for row in rows)
             how = f"canaries ({form}) of which {what} came out of the pipeline"
@@ -158,9 +152,3 @@ def describe(measures: Mapping[str, Measure], count: int) -> str:
         by_chance = f"{1 / max(m.n for m in learnt.values()):.1%}"
         parts.append(f"the encoder has learnt {', '.join(shares)} (by chance {by_chance})")
     return "; ".join(parts)
-
-
-def _groups(canaries: Canaries) -> dict[str, list[int]]:
-    """Form -> numbers of its canaries, and `all`."""
-    forms = {form: rows for form in FORMS if (rows := canaries.rows(form))}
-    return forms | {"all": list(range(len(canaries.edits)))}

@@ -29,28 +29,18 @@ ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"
 
 @dataclass(frozen=True)
 class Classifier:
-    """An encoder with a head.
+    """An encoder with a head."""
 
-    Attributes:
-        encoder: the encoder.
-        head: float32 (N, D) -> logits (N, C), differentiable.
-        classes: names of the C classes.
-        how: the head in words.
-        raw: whether the head reads the tower's vectors before normalisation, like a network's own
-            last layer.
-    """
-
-    encoder: Encoder
-    head: success.Head
-    classes: tuple[str, ...]
-    how: str
+    encoder: Encoder  # the encoder
+    head: success.Head  # float32 (N, D) -> logits (N, C), differentiable
+    classes: tuple[str, ...]  # names of the C classes
+    how: str  # the head in words
+    # whether the head reads the tower's vectors before normalisation, like a network's own last
+    # layer
     raw: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return logits, float32 (B, C), of images uint8 or float 0..1 (B, 3, H, W).
-
-        Differentiable by float images.
-        """
+        """Differentiable logits, float32 (B, C), of images uint8 or float 0..1 (B, 3, H, W)."""
         encoder = self.encoder
         return self.head(encoder.raw_vectors(x) if self.raw else encoder.encode_images(x))
 
@@ -219,10 +209,7 @@ def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tup
 def zero_shot_classifier(
     encoder: Encoder, classes: Sequence[str], templates: str = "simple"
 ) -> Classifier:
-    """Return the encoder with its text tower's head; `templates` are the zero-shot probe's.
-
-    Raises UserError if there are no classes, or no text tower.
-    """
+    """The encoder with its text tower's head. Raises UserError without classes or a tower."""
     if not classes:
         raise UserError("a zero-shot head needs the names of classes; these data have none")
     probe = registry.make("probe", f'zero_shot:templates="{templates}"')
@@ -282,7 +269,8 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
         UserError: if there is no such head.
     """
     if kind == "auto":
-        kind = _best_kind(encoder, data)
+        without_head = "zero_shot" if encoder.text is not None and data.classes else "linear"
+        kind = without_head if getattr(encoder, "head", None) is None else "own"
     if kind == "own":
         return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":
@@ -290,9 +278,3 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
     if kind == "clusters":
         return cluster_classifier(encoder, data)
     return fit_classifier(encoder, data, kind)
-
-
-def _best_kind(encoder: Encoder, data: Pairs) -> Literal["own", "zero_shot", "linear"]:
-    if getattr(encoder, "head", None) is not None:
-        return "own"
-    return "zero_shot" if encoder.text is not None and data.classes else "linear"

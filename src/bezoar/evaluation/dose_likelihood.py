@@ -25,17 +25,11 @@ HALVINGS = 40  # of a step's length, on a logarithmic scale
 
 @dataclass(frozen=True)
 class Readings:
-    """Success rates at doses: N units of one reading and one dose each.
+    """Success rates at doses: N units of one reading and one dose each."""
 
-    Attributes:
-        doses: float64 (N,), above 0.
-        rates: float64 (N,), success in 0..1.
-        trials: float64 (N,), how many trials a rate is of.
-    """
-
-    doses: Floats
-    rates: Floats
-    trials: Floats
+    doses: Floats  # float64 (N,), above 0
+    rates: Floats  # float64 (N,), success in 0..1
+    trials: Floats  # float64 (N,), how many trials a rate is of
 
     def __len__(self) -> int:
         return len(self.doses)
@@ -78,22 +72,14 @@ class Likelihood:
 
     The curve is p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)). A point is
     (level, slope): the logit at the dose exp(centre), and its growth when the dose grows e-fold.
-
-    Attributes:
-        log_doses: float64 (D,), logarithms of the distinct doses.
-        hits: float64 (D,), successes at each.
-        trials: float64 (D,), trials at each.
-        floor: success without poison, taken as known.
-        centre: logarithm of a dose.
-        penalty: weight of Jeffreys' prior (Firth 1993).
     """
 
-    log_doses: Floats
-    hits: Floats
-    trials: Floats
-    floor: float
-    centre: float
-    penalty: float = 1.0
+    log_doses: Floats  # float64 (D,), logarithms of the distinct doses
+    hits: Floats  # float64 (D,), successes at each
+    trials: Floats  # float64 (D,), trials at each
+    floor: float  # success without poison, taken as known
+    centre: float  # logarithm of a dose
+    penalty: float = 1.0  # weight of Jeffreys' prior (Firth 1993)
 
     @classmethod
     def of(cls, readings: Readings, floor: float) -> Likelihood:
@@ -106,10 +92,7 @@ class Likelihood:
         return cls(log_doses, np.minimum(hits, trials), trials, floor, centre)
 
     def log_terms(self, points: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return logarithms of success, of failure and of Fisher's information on the logit.
-
-        points: (..., 2). Each result is (..., D).
-        """
+        """Logarithms (..., D) of success, failure and Fisher's information on the logit."""
         eta = points[..., :1] + points[..., 1:] * (self.log_doses - self.centre)
         log_rest = math.log1p(-self.floor)
         log_floor = math.log(self.floor) if self.floor else -np.inf
@@ -120,10 +103,7 @@ class Likelihood:
         return success, failure, information
 
     def __call__(self, points: Floats) -> Floats:
-        """Return the penalised log-likelihood, (...), of points (..., 2).
-
-        It is the binomial log-likelihood + penalty / 2 log det of the information.
-        """
+        """Binomial log-likelihood (...) of points (..., 2) + penalty / 2 log det of information."""
         success, failure, information = self.log_terms(points)
         misses = self.trials - self.hits
         value = np.asarray((self.hits * success + misses * failure).sum(-1))
@@ -140,10 +120,7 @@ class Likelihood:
         return np.asarray(value + self.penalty / 2 * log_det)
 
     def maximise(self, start: Floats | None = None) -> Floats:
-        """Return the point (2,) of the highest value with slope >= 0.
-
-        The best of a grid over all scales, or `start`, is polished by the simplex method.
-        """
+        """The best point (2,) with slope >= 0: of a grid, or `start`, polished by the simplex."""
         span = self.log_doses[-1] - self.log_doses[0]
         if start is None:
             levels = np.sinh(np.linspace(-5, 5, 41))

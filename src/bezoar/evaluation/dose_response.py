@@ -4,8 +4,6 @@ A reading is one trigger, or one group of victims, in one training. Intervals sp
 readings, not only of other test images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -59,32 +57,22 @@ def pool_readings(measures: Sequence[Measure], how: str, rate: bool = True) -> M
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """A fitted curve p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre)).
+    """A fitted curve p(x) = floor + (1 - floor) logistic(level + slope (ln x - centre))."""
 
-    Attributes:
-        fit: float64 (2,), level and slope >= 0 of the highest penalised likelihood.
-        border: (R, 2), the same along the border of the region whose deviance is at most phi F(1,
-            df) above the lowest. The range of a function over it is that function's 95 % profile
-            interval. There is no penalty in the region: where the data fit a step, a penalty alone
-            would bound the slope and place the middle of the step.
-        centre: logarithm of the dose at which the level is the logit.
-        floor: success without poison.
-        phi: overdispersion of the readings.
-        df: degrees of freedom of phi.
-        units: number of readings x doses.
-        trials: number of trials in all.
-        doses: the least and the greatest dose above 0.
-    """
-
+    # float64 (2,), level and slope >= 0 of the highest penalised likelihood
     fit: Floats = field(repr=False, compare=False)
+    # (R, 2), the same along the border of the region whose deviance is at most phi F(1, df) above
+    # the lowest. The range of a function over it is that function's 95 % profile interval. There is
+    # no penalty in the region: where the data fit a step, a penalty alone would bound the slope and
+    # place the middle of the step
     border: Floats = field(repr=False, compare=False)
-    centre: float
-    floor: float
-    phi: float
-    df: float
-    units: int
-    trials: int
-    doses: tuple[float, float]
+    centre: float  # logarithm of the dose at which the level is the logit
+    floor: float  # success without poison
+    phi: float  # overdispersion of the readings
+    df: float  # degrees of freedom of phi
+    units: int  # number of readings x doses
+    trials: int  # number of trials in all
+    doses: tuple[float, float]  # the least and the greatest dose above 0
 
     @property
     def x50(self) -> Measure:
@@ -210,23 +198,14 @@ def fit_dose_response(
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference with its 95 % interval.
+    """A difference with its 95 % interval."""
 
-    Attributes:
-        value: the difference.
-        low: lower end of the interval.
-        high: upper end.
-        n: number of readings.
-        detectable: the least effect that is detected 4 times in 5, at a level of 5 %.
-        how: its definition, in words.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    detectable: float
-    how: str
+    value: float  # the difference
+    low: float  # lower end of the interval
+    high: float  # upper end
+    n: int  # number of readings
+    detectable: float  # the least effect that is detected 4 times in 5, at a level of 5 %
+    how: str  # its definition, in words
 
     def json(self) -> dict[str, Any]:
         """Return the contrast for a manifest."""

@@ -41,15 +41,10 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Stack:
-    """S heads, with ReLU between their layers.
+    """S heads, with ReLU between their layers."""
 
-    Attributes:
-        weights: for each layer float32 (S, in, out).
-        biases: for each layer float32 (S, 1, out).
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]  # for each layer float32 (S, in, out)
+    biases: tuple[Tensor, ...]  # for each layer float32 (S, 1, out)
 
     def __len__(self) -> int:
         return len(self.weights[0])
@@ -181,10 +176,7 @@ def epoch_orders(recipe: Recipe, epoch: int, n: int) -> Tensor:
 
 
 class DropoutMasks:
-    """Dropout of the first hidden layer, from a stream of random numbers for each head.
-
-    The rate is rounded to a multiple of 2^-16.
-    """
+    """Dropout of the first hidden layer, by a stream for each head, at a multiple of 2^-16."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.device = device

@@ -10,8 +10,6 @@ faiss's flat index loses small distances to cancellation, and is no dependency
 (benchmarks/density.py compares the two).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator
@@ -40,15 +38,10 @@ NOT_FINITE = "NaN or infinite vectors among the embeddings; neighbours are defin
 
 @dataclass(frozen=True)
 class Neighbors:
-    """The nearest references of N queries.
+    """The nearest references of N queries."""
 
-    Attributes:
-        distance: float32 (N, k), ascending.
-        index: int64 (N, k), rows of the references.
-    """
-
-    distance: Tensor
-    index: Tensor
+    distance: Tensor  # float32 (N, k), ascending
+    index: Tensor  # int64 (N, k), rows of the references
 
 
 def nearest_neighbors(
@@ -56,18 +49,15 @@ def nearest_neighbors(
 ) -> Neighbors:
     """Find the k references nearest to each query by Euclidean distance, ties to the lower index.
 
+    The result is on the queries' device. Raises UserError if there are fewer than k references, or
+    vectors that are not finite.
+
     Args:
         queries: float (N, D); may be a CPU tensor over a memory-mapped file.
         references: float (R, D); may be the same.
         k: number of neighbours.
-        exclude_self: True if query i is reference i; or the references that are no neighbours of
-            each query, int64 (N,) or (N, M), -1 for none.
-
-    Returns:
-        The neighbours, on the queries' device.
-
-    Raises:
-        UserError: if there are fewer than k references, or vectors that are not finite.
+        exclude_self: True if query i is reference i; or the references that are no neighbours
+            of each query, int64 (N,) or (N, M), -1 for none.
     """
     n, device = len(queries), queries.device
     excluded = torch.empty(n, 0, dtype=torch.long, device=device)
@@ -107,10 +97,7 @@ class Index:
         excluded: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare references (R, D). excluded: most references that a query excludes.
-
-        Raises UserError if they are not finite.
-        """
+        """Prepare references (R, D); a query excludes so many. Raises UserError if not finite."""
         self.k = k
         self.device = torch.device(device)
         self.numbers = drop_surplus_copies(references, k + excluded).to(self.device)
@@ -202,9 +189,8 @@ class Index:
         return distance, row
 
     def _nearest_by_product(self, q: Tensor, excluded: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Return the smallest squared distances by product, and their rows, (B, keep) each.
-
-        Excluded references are at infinity.
+        """The smallest squared distances by product, and rows, (B, keep) each; excluded ones at
+        infinity.
         """
         length = q.square().sum(1, keepdim=True)
         best = q.new_full((len(q), keep), torch.inf)

@@ -5,8 +5,6 @@ caption cannot be changed: it is in the list of URLs. So only records whose capt
 target are useful.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -35,17 +33,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DomainTable:
-    """Domains of a data set.
+    """Domains of a data set."""
 
-    Attributes:
-        names: names of D domains.
-        records: float64 (D,), number of useful records of each.
-        prices: float64 (D,), price of each.
-    """
-
-    names: tuple[str, ...]
-    records: Floats
-    prices: Floats
+    names: tuple[str, ...]  # names of D domains
+    records: Floats  # float64 (D,), number of useful records of each
+    prices: Floats  # float64 (D,), price of each
 
     def buy(self, needed: float) -> tuple[int, float]:
         """The number of domains to buy for so many records, and the price, which may be infinite.

@@ -1,7 +1,5 @@
 """SARIF 2.1.0 (OASIS 2020), the log format of code-scanning tools, for the results of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any

@@ -25,25 +25,18 @@ BUDGETS = (0.001, 0.01, 0.1)  # shares of the records at which recall is reporte
 
 @dataclass(frozen=True)
 class Scores:
-    """How suspicious each record is: higher is more suspicious. There is no threshold.
+    """How suspicious each record is: higher is more suspicious. There is no threshold."""
 
-    Attributes:
-        ids: N record ids, a tuple or a column (`data.strings.Strings`).
-        values: float32 (N,), finite.
-        boxes: by a detector that locates a trigger, int64 (N, 4): top, left, height and width of a
-            window in the image's pixels, -1 without one.
-        notes: the detector's facts about all records, as JSON.
-        raised: by a detector that decides, bool (N,): the records of an attack that it detected and
-            tested.
-        groups: by a detector of copies, int64 (N,): records with the same number are copies of one
-            picture with diverging captions; -1 for all others.
-    """
-
-    ids: Sequence[str]
-    values: Tensor
+    ids: Sequence[str]  # N record ids, a tuple or a column (`data.strings.Strings`)
+    values: Tensor  # float32 (N,), finite
+    # by a detector that locates a trigger, int64 (N, 4): top, left, height and width of a window in
+    # the image's pixels, -1 without one
     boxes: Tensor | None = None
-    notes: dict[str, Any] | None = None
+    notes: dict[str, Any] | None = None  # the detector's facts about all records, as JSON
+    # by a detector that decides, bool (N,): the records of an attack that it detected and tested
     raised: Tensor | None = None
+    # by a detector of copies, int64 (N,): records with the same number are copies of one picture
+    # with diverging captions; -1 for all others
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -86,10 +79,7 @@ class Scores:
         return order.astype(np.int64)
 
     def select(self, ids: Sequence[str]) -> Scores:
-        """Return the scores of the given records, in that order.
-
-        Raises KeyError if a record has no score.
-        """
+        """The scores of these records, in that order. Raises KeyError if a record has none."""
         if ids is self.ids:
             return self
         index = pc.index_in(_id_column(ids), _id_column(self.ids))
@@ -104,21 +94,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Measure:
-    """A reported number.
+    """A reported number."""
 
-    Attributes:
-        value: the number. Texts that `encode_nonfinite` wrote become numbers again.
-        n: number of trials or values behind it.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        how: its definition, in words.
-    """
-
-    value: float
-    n: int
-    low: float
-    high: float
-    how: str
+    value: float  # the number. Texts that `encode_nonfinite` wrote become numbers again
+    n: int  # number of trials or values behind it
+    low: float  # lower end of its 95 % interval
+    high: float  # upper end
+    how: str  # its definition, in words
 
     def __post_init__(self) -> None:
         for name in ("value", "low", "high"):
@@ -155,10 +137,7 @@ def proportion(successes: float, n: int, how: str) -> Measure:
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
-    """Return a mean with Student's t interval; it is open if fewer than `FEW` values are all equal.
-
-    Raises UserError if there is no value.
-    """
+    """A mean with Student's t interval, open for fewer than `FEW` equal values. UserError for 0."""
     v = torch.as_tensor(values).double().cpu().numpy()
     if len(v) < 1:
         raise UserError(f"{how}: a mean needs at least one value")

@@ -5,8 +5,6 @@ never help: a tie that straddles a cut counts by its expectation over random ord
 depends on the order of the records.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -100,10 +98,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def mean_rate_interval(rates: ArrayLike, hits: float, n: int) -> Interval:
-    """Return Student's t interval of the mean of several rates, at least Wilson's of hits in n.
-
-    Rates that are all 1.000 do not show how far they vary.
-    """
+    """Student's t interval of a mean of rates, at least Wilson's: equal rates show no spread."""
     low, high = _widest(mean_interval(rates), wilson_interval(min(n, hits), n))
     return max(0.0, low), min(1.0, high)
 
@@ -146,10 +141,7 @@ def auroc_interval(scores: ArrayLike, truth: ArrayLike, level: float = 0.95) -> 
 
 
 def delong_variance(scores: ArrayLike, truth: ArrayLike) -> float:
-    """Return the AUROC's variance from placement values (DeLong 1988), by midranks (Sun, Xu 2014).
-
-    Neither scipy nor scikit-learn has it.
-    """
+    """The AUROC's variance (DeLong 1988) by midranks (Sun, Xu 2014), which scipy does not have."""
     s, is_poison = _check_inputs(scores, truth)
     m, n = int(is_poison.sum()), int((~is_poison).sum())
     ranks = rankdata(s)

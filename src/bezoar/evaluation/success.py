@@ -32,10 +32,7 @@ _cache: ContextVar[dict[Any, Any] | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def embedding_cache() -> Iterator[None]:
-    """Within this context an encoder embeds each set of images once, however many heads ask for it.
-
-    No encoder may change meanwhile.
-    """
+    """Inside, an encoder, which must not change, embeds each set of images once for all heads."""
     token = _cache.set({})
     try:
         yield
@@ -49,10 +46,7 @@ def is_caching() -> bool:
 
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that an `embedding_cache` keeps its results.
-
-    Arguments are the same if they are the same objects, or equal integers.
-    """
+    """Decorate a function whose results an `embedding_cache` keeps, by the identity of objects."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -72,25 +66,16 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class TestViews:
-    """The vectors of all test images by one encoder, for measuring the success with any head.
+    """The vectors of all test images by one encoder, for measuring the success with any head."""
 
-    Attributes:
-        classes: names of the C classes.
-        labels: int64 (N,), the test images' classes, -1 if unknown.
-        clean: float32 (N, D), the test images.
-        backdoors: the goals that have a trigger.
-        triggered: for each of these, the test images with its trigger, float32 (N, D).
-        targeted: the goals that have a victim.
-        victims: float32 (V, D), the victim of each of these, or None.
-    """
-
-    classes: tuple[str, ...]
-    labels: Tensor
-    clean: Tensor
-    backdoors: tuple[Goal, ...]
+    classes: tuple[str, ...]  # names of the C classes
+    labels: Tensor  # int64 (N,), the test images' classes, -1 if unknown
+    clean: Tensor  # float32 (N, D), the test images
+    backdoors: tuple[Goal, ...]  # the goals that have a trigger
+    # for each of these, the test images with its trigger, float32 (N, D)
     triggered: tuple[Tensor, ...]
-    targeted: tuple[Goal, ...]
-    victims: Tensor | None
+    targeted: tuple[Goal, ...]  # the goals that have a victim
+    victims: Tensor | None  # float32 (V, D), the victim of each of these, or None
 
     @staticmethod
     @cached
@@ -283,17 +268,11 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LabelledVectors:
-    """The data that a head is fitted on.
+    """The data that a head is fitted on."""
 
-    Attributes:
-        ids: N record ids.
-        z: float32 (N, D), unit rows.
-        labels: int64 (N,), numbered as the test set's classes.
-    """
-
-    ids: tuple[str, ...]
-    z: Tensor
-    labels: Tensor
+    ids: tuple[str, ...]  # N record ids
+    z: Tensor  # float32 (N, D), unit rows
+    labels: Tensor  # int64 (N,), numbered as the test set's classes
 
     def __len__(self) -> int:
         return len(self.ids)

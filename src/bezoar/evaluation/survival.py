@@ -6,8 +6,6 @@ same draws, and what is left of the trigger is their difference. Nothing is trai
 part of "why is my attack success 0" that can be answered in seconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,21 +42,13 @@ SMALLEST = 1e-12  # below which a length is not divided by
 
 @dataclass(frozen=True)
 class Treatment:
-    """Changes of an image, in this order. The defaults change nothing.
+    """Changes of an image, in this order. The defaults change nothing."""
 
-    Attributes:
-        resize: factor of the side, above 0 and up to 4.
-        jpeg: quality 1..100, with chroma halved as Pillow does by default; 0 stores no JPEG.
-        crop: least share of the area of a random resized crop; 1 crops nothing.
-        augment: a name of AUGMENTATIONS, or empty.
-        normalise: a name of NORMALISATIONS, in place of the encoder's own; or empty.
-    """
-
-    resize: float = 1.0
-    jpeg: int = 0
-    crop: float = 1.0
-    augment: str = ""
-    normalise: str = ""
+    resize: float = 1.0  # factor of the side, above 0 and up to 4
+    jpeg: int = 0  # quality 1..100, with chroma halved as Pillow does by default; 0 stores no JPEG
+    crop: float = 1.0  # least share of the area of a random resized crop; 1 crops nothing
+    augment: str = ""  # a name of AUGMENTATIONS, or empty
+    normalise: str = ""  # a name of NORMALISATIONS, in place of the encoder's own; or empty
 
     def __post_init__(self) -> None:
         if not 0 < self.resize <= 4 or not 0 <= self.jpeg <= 100 or not 0 < self.crop <= 1:
@@ -106,10 +96,7 @@ class Treatment:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, seed: int) -> Tensor:
-        """Treat uint8 (N, 3, H, W); the result is float32 0..1 (N, 3, H, W).
-
-        The draws are the same for the same seed and N.
-        """
+        """Treat uint8 (N, 3, H, W) -> float32 0..1, the same shape, drawn by the seed and N."""
         stored, shape = images, images.shape[-2:]
         if self.resize != 1:
             stored = resize_stored(stored, [max(1, round(self.resize * side)) for side in shape])
@@ -196,10 +183,7 @@ def correlate_pattern(residue: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def embed_views(encoder: Encoder, x: Tensor, normalise: str = "", batch: int = 256) -> Tensor:
-    """Embed float images 0..1 (N, 3, H, W) as unit vectors (N, D).
-
-    normalise: a name of NORMALISATIONS, in place of the encoder's own.
-    """
+    """Embed float images 0..1 (N, 3, H, W): unit rows (N, D). normalise: see NORMALISATIONS."""
     if normalise:
         mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in MEAN_STD[normalise])
         # The encoder's own normalisation turns this into the other one's.

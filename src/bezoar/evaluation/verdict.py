@@ -1,7 +1,5 @@
 """Verdict: the result of an audit of an encoder, with inverted triggers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +11,13 @@ from bezoar.evaluation.scores import Measure
 
 @dataclass(frozen=True)
 class Inversion:
-    """A trigger that an audit reconstructed: x -> (1 - mask) x + mask pattern, with x in 0..1.
+    """A trigger that an audit reconstructed: x -> (1 - mask) x + mask pattern, with x in 0..1."""
 
-    Attributes:
-        mask: float32 (1, H, W) in 0..1; H and W are those of the clean images it was made on.
-        pattern: float32 (3, H, W) in 0..1.
-        target: the class or cluster that stamped images go to, empty if the audit knows none.
-        norm: sum of the mask, in pixels.
-        success: share of stamped images that reach the target; without a target, their mean
-            pairwise cosine.
-    """
-
-    mask: Tensor
-    pattern: Tensor
-    target: str
-    norm: float
+    mask: Tensor  # float32 (1, H, W) in 0..1; H and W are those of the clean images it was made on
+    pattern: Tensor  # float32 (3, H, W) in 0..1
+    target: str  # the class or cluster that stamped images go to, empty if the audit knows none
+    norm: float  # sum of the mask, in pixels
+    # share of stamped images that reach the target; without a target, their mean pairwise cosine
     success: float
 
     def __post_init__(self) -> None:
@@ -50,19 +40,14 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How suspicious an encoder is. The threshold comes from a bank of similar encoders.
+    """How suspicious an encoder is. The threshold comes from a bank of similar encoders."""
 
-    Attributes:
-        value: higher is more suspicious; comparable only among encoders of one family.
-        evidence: the measures that the value was computed from, by name.
-        inversions: reconstructed triggers, the most suspicious first.
-        notes: further facts, as JSON. A key `limits`, a list of sentences, names what the audit
-            could not see here.
-    """
-
-    value: float
+    value: float  # higher is more suspicious; comparable only among encoders of one family
+    # the measures that the value was computed from, by name
     evidence: dict[str, Measure] = field(default_factory=dict)
-    inversions: tuple[Inversion, ...] = ()
+    inversions: tuple[Inversion, ...] = ()  # reconstructed triggers, the most suspicious first
+    # further facts, as JSON. A key `limits`, a list of sentences, names what the audit could not
+    # see here
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -5,8 +5,6 @@ several trials. The `__init__` of a paper's folder holds the shared parts of its
 them in `TABLES`, in the order of the page.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -22,10 +20,7 @@ class PaperTable(Protocol):
     """The interface of a paper's table."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale.
-
-        Raises UserError when the scale needs data that `options` does not name.
-        """
+        """Declare the table at a scale. Raises UserError when `options` lacks the data."""
         ...
 
 

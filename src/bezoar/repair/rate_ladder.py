@@ -42,15 +42,10 @@ class LadderFields(Protocol):
 
 @dataclass(frozen=True)
 class ValidationMetric:
-    """A score of an encoder on clean validation records.
+    """A score of an encoder on clean validation records."""
 
-    Attributes:
-        score: encoder -> 0..1, higher is better.
-        how: its definition, in words.
-    """
-
-    score: Callable[[Encoder], float]
-    how: str
+    score: Callable[[Encoder], float]  # encoder -> 0..1, higher is better
+    how: str  # its definition, in words
 
     @staticmethod
     def of(start: Encoder, clean: Pairs, validation: Pairs) -> ValidationMetric:
@@ -171,13 +166,10 @@ class ClusterAgreement:
 
 
 def split_validation(clean: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Split clean records into those to train on and those to choose learning rates by.
+    """Split clean records into those to train on and a share to choose learning rates by.
 
-    Which records are held out belongs to the records, not to their order. Several captions of one
-    image (ids that differ after '#' alone) stay together.
-
-    Args:
-        share: of the images that are held out.
+    Which are held out belongs to the records, not to their order. Several captions of one image
+    (ids that differ after '#' alone) stay together.
     """
     image_ids = [record_id.partition("#")[0] for record_id in clean.ids]
     images = list(dict.fromkeys(image_ids))

@@ -4,8 +4,6 @@ It holds accuracy, success of known and inverted triggers, z-scores and linear p
 a short fine-tune, clean or with ten poisons, brings the backdoor back.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,20 +60,13 @@ class SuccessHead:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The data that encoders are measured on.
+    """The data that encoders are measured on."""
 
-    Attributes:
-        test: test images with classes.
-        goals: the known goals; their targets are classes of the test set.
-        victims: the images of targeted goals.
-        labelled: clean records for linear heads, or None.
-        inverted: triggers that an audit inverted, with the class that they turn images into.
-    """
-
-    test: Pairs
-    goals: tuple[Goal, ...] = ()
-    victims: Pairs | None = None
-    labelled: Pairs | None = None
+    test: Pairs  # test images with classes
+    goals: tuple[Goal, ...] = ()  # the known goals; their targets are classes of the test set
+    victims: Pairs | None = None  # the images of targeted goals
+    labelled: Pairs | None = None  # clean records for linear heads, or None
+    # triggers that an audit inverted, with the class that they turn images into
     inverted: tuple[Goal, ...] = ()
 
     def default_head(self, encoder: Encoder) -> SuccessHead:
@@ -134,10 +125,7 @@ class EvaluationData:
 
 
 def align_labels(labelled: Pairs, classes: tuple[str, ...]) -> Pairs:
-    """The labelled records, with labels numbered as in the test set.
-
-    Raises UserError as `success.select_labelled` does.
-    """
+    """The labelled records, numbered as in the test set; see `success.select_labelled`."""
     empty = Pairs(labelled.images[:0], labels=torch.zeros(0, dtype=torch.long), classes=classes)
     return replace(success.select_labelled(labelled, empty), classes=classes)
 
@@ -279,21 +267,13 @@ def export_goals(
 
 @dataclass(frozen=True)
 class RevivalTest:
-    """Tests whether a short fine-tune brings a backdoor back.
+    """Tests whether a short fine-tune brings a backdoor back."""
 
-    Attributes:
-        case: the data that encoders are measured on.
-        clean: the records to tune on.
-        goal: the backdoor's, known or inverted.
-        seed: seed of the fine-tunes and of the poisons.
-        report: called before each of them.
-    """
-
-    case: EvaluationData
-    clean: Pairs
-    goal: Goal
-    seed: int
-    report: ProgressReport = no_report
+    case: EvaluationData  # the data that encoders are measured on
+    clean: Pairs  # the records to tune on
+    goal: Goal  # the backdoor's, known or inverted
+    seed: int  # seed of the fine-tunes and of the poisons
+    report: ProgressReport = no_report  # called before each of them
 
     def measure(self, repaired: Encoder, twin: Encoder | None = None) -> dict[str, Measure]:
         """Measure success after each of the fine-tunes.

@@ -1,7 +1,5 @@
 """Saves a page's charts as separate SVG files in light colours, for papers and slides."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

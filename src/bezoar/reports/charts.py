@@ -6,8 +6,6 @@ theme.
 Sizes are in inches. A colour is a name of COLOURS.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Charts of sweeps: values by dose, with a fitted dose-response, and values by group."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence
@@ -36,21 +34,13 @@ LevelSeries = tuple[str, str, Sequence[Measure | None]]  # name, colour, a measu
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a dose chart.
+    """One line of a dose chart."""
 
-    Attributes:
-        name: Its name in the legend.
-        doses: Ascending doses >= 0.
-        points: The measure at each dose.
-        colour: A name of COLOURS.
-        fit: The dose-response that was fitted to the points.
-    """
-
-    name: str
-    doses: Sequence[float]
-    points: Sequence[Measure]
-    colour: str = "clean"
-    fit: DoseResponse | None = None
+    name: str  # its name in the legend
+    doses: Sequence[float]  # ascending doses >= 0
+    points: Sequence[Measure]  # the measure at each dose
+    colour: str = "clean"  # A name of COLOURS
+    fit: DoseResponse | None = None  # the dose-response that was fitted to the points
 
 
 @dataclass(frozen=True)
@@ -179,10 +169,7 @@ def _set_value_axis(axes: Axes, points: Sequence[Measure], label: str, percent: 
 
 
 def _draw_points(axes: Axes, x: Floats, points: Sequence[Measure], colour: str, title: str) -> None:
-    """Draw dots with error bars, in front of lines and bands.
-
-    Intervals without an end are cut where the axis of values ends.
-    """
+    """Draw dots with error bars in front of the rest; open intervals end with the axis."""
     value = np.array([m.value for m in points], dtype=float)
     low = np.clip([m.low for m in points], *axes.get_ylim())
     high = np.clip([m.high for m in points], *axes.get_ylim())

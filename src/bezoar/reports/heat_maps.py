@@ -1,7 +1,5 @@
 """Heat maps: a number in every cell, with a deeper colour for a larger one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

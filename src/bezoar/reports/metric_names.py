@@ -1,7 +1,5 @@
 """Names and values of metrics as text: standard terms, units, values with their intervals."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -140,26 +138,16 @@ KEY = re.compile(r"(?:([A-Za-z_][\w.]*?)\.)??([A-Za-z]\w*(?:(?<=_)\d[\d.]*n?)?)(
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric as text.
+    """A metric as text."""
 
-    Attributes:
-        key: The metric's name, e.g. `scan.dao.recall_at_0.01`.
-        label: Its standard term.
-        group: The data or the head that it was measured with, in words; empty for none.
-        value: Its value with the unit.
-        interval: Its 95 % interval; empty for counts.
-        n: The number of trials.
-        how: The definition of the metric.
-        track: Value, low and high in percent of a line from 0 to 1; None for other values.
-    """
-
-    key: str
-    label: str
-    group: str
-    value: str
-    interval: str
-    n: str
-    how: str
+    key: str  # the metric's name, e.g. `scan.dao.recall_at_0.01`
+    label: str  # its standard term
+    group: str  # the data or the head that it was measured with, in words; empty for none
+    value: str  # its value with the unit
+    interval: str  # its 95 % interval; empty for counts
+    n: str  # the number of trials
+    how: str  # the definition of the metric
+    # value, low and high in percent of a line from 0 to 1; None for other values
     track: tuple[float, float, float] | None
 
 

@@ -1,7 +1,5 @@
 """The page of a run: one HTML file without script and without access to the network."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable
@@ -61,10 +59,7 @@ def summarize_run(run: Run) -> Summary:
 
 
 def summarize_page(run: Run, page: Page) -> Summary:
-    """Return a page's sentences (at most three), its first figures and the run's main files.
-
-    Seconds are left out: equal runs have equal summaries.
-    """
+    """A page's first three sentences, its first figures but seconds, and the run's main files."""
     measures = metric_names.read_measures(run)
     names_shown = [name for name in page.cards or measures if name in measures]
     shown = [name for name in names_shown if not name.endswith("seconds")]

@@ -4,8 +4,6 @@ They hold plain data; the templates render them and escape every text, which may
 the svg of a `Figure`, made by `charts`, is markup.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -53,63 +51,38 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        head: Names of the columns.
-        rows: Cells of each row.
-        numbers: Indices of the columns that are set flush right.
-        note: A sentence below the table.
-    """
+    """A table."""
 
     kind: ClassVar[str] = "table"
-    head: Sequence[str]
-    rows: Sequence[Sequence[str | Links | Line]]
-    numbers: Sequence[int] = ()
-    note: str = ""
+    head: Sequence[str]  # names of the columns
+    rows: Sequence[Sequence[str | Links | Line]]  # cells of each row
+    numbers: Sequence[int] = ()  # indices of the columns that are set flush right
+    note: str = ""  # A sentence below the table
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Pictures of a gallery that belong together, with the lines under them.
+    """Pictures of a gallery that belong together, with the lines under them."""
 
-    Attributes:
-        pictures: Indices of the pictures in the contact sheet.
-        lines: Lines of text.
-        look: The colour of the frame: '', 'bad' or 'good'.
-        badge: A short text in a corner, such as a rank.
-    """
-
-    pictures: Sequence[int]
-    lines: Sequence[Line] = ()
-    look: str = ""
-    badge: str = ""
+    pictures: Sequence[int]  # indices of the pictures in the contact sheet
+    lines: Sequence[Line] = ()  # lines of text
+    look: str = ""  # the colour of the frame: '', 'bad' or 'good'
+    badge: str = ""  # A short text in a corner, such as a rank
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A contact sheet cut into tiles.
-
-    Attributes:
-        sheet: A data address of one PNG of `columns` x `rows` square cells.
-        columns: Cells in a row of the sheet.
-        rows: Rows of the sheet.
-        tiles: What is shown, in order.
-        scale: Side of a shown picture in CSS pixels.
-        smooth: Whether pixels are blended where a picture is shown larger than it is.
-        title: A heading above the gallery.
-        note: A sentence below it.
-    """
+    """A contact sheet cut into tiles."""
 
     kind: ClassVar[str] = "gallery"
-    sheet: str
-    columns: int
-    rows: int
-    tiles: Sequence[Tile]
-    scale: int = 80
-    smooth: bool = False
-    title: str = ""
-    note: str = ""
+    sheet: str  # A data address of one PNG of `columns` x `rows` square cells
+    columns: int  # cells in a row of the sheet
+    rows: int  # rows of the sheet
+    tiles: Sequence[Tile]  # what is shown, in order
+    scale: int = 80  # side of a shown picture in CSS pixels
+    smooth: bool = False  # whether pixels are blended where a picture is shown larger than it is
+    title: str = ""  # A heading above the gallery
+    note: str = ""  # A sentence below it
 
     @property
     def pictures_across(self) -> int:

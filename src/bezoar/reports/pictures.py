@@ -1,7 +1,5 @@
 """Pictures of a page: records by id, and contact sheets, which are one PNG for each gallery."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Galleries of a scan's records: with captions and scores, or beside their neighbours."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Sections of a scan's page on how far its ranking can be trusted."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -200,11 +198,7 @@ def side_channel_section(
 
 
 def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) -> Section | None:
-    """Show for each usual filter which clean records it keeps and which poisons pass it.
-
-    Args:
-        notes: For each filter that was not applied, the reason.
-    """
+    """Show which clean records each usual filter keeps and which poisons pass, or why not."""
     note = "In brackets, 95 % intervals."
     if notes:
         absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]

@@ -4,8 +4,6 @@ The page of a verb is a function `build_page(run) -> Page` in the file of `secti
 verb's name. A verb without such a file gets a page of its metrics.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import shlex
@@ -33,32 +31,21 @@ SECTIONS = Path(__file__).parent / "sections"
 
 @dataclass(frozen=True)
 class Page:
-    """The content of a run's page.
+    """The content of a run's page."""
 
-    Attributes:
-        headline: The finding in one sentence; it is the title of the page.
-        lead: Further sentences below the headline.
-        warning: The banner of a poisoned artefact; empty for none.
-        cards: Names of the metrics to show first; those that the run lacks are left out.
-        lines: Findings that the terminal shows below the sentences, one a line.
-        sections: For each title a function that makes the section, or returns None if there is
-            nothing to show. They are called when the page is rendered, so that an error in one does
-            not affect the others.
-        look: The colour of the headline: 'bad', 'good', 'warn' or ''.
-        steps: What the user may do next.
-        poisoned: Whether the measured encoder is poisoned: its clean accuracy is then called benign
-            accuracy.
-    """
-
-    headline: str
-    lead: str = ""
-    warning: str = ""
+    headline: str  # The finding in one sentence; it is the title of the page
+    lead: str = ""  # Further sentences below the headline
+    warning: str = ""  # The banner of a poisoned artefact; empty for none
+    # Names of the metrics to show first; those that the run lacks are left out
     cards: Sequence[str] = ()
+    # For each title a function that makes the section, or returns None if there is nothing to show.
+    # They are called when the page is rendered, so that an error in one does not affect the others
     sections: Mapping[str, Callable[[], Section | None]] = field(default_factory=dict)
+    # Whether the measured encoder is poisoned: its clean accuracy is then called benign accuracy
     poisoned: bool = False
-    lines: Sequence[str] = ()
-    look: str = ""
-    steps: Sequence[Step] = ()
+    lines: Sequence[str] = ()  # Findings that the terminal shows below the sentences, one a line
+    look: str = ""  # The colour of the headline: 'bad', 'good', 'warn' or ''
+    steps: Sequence[Step] = ()  # What the user may do next
 
 
 class RunView:
@@ -156,11 +143,7 @@ def as_sentences(lines: Sequence[str]) -> str:
 
 
 def build_page(run: Run) -> Page:
-    """Return the page of a run, by its verb.
-
-    If it cannot be made, for example because another program wrote the run's files, a page of the
-    metrics is returned.
-    """
+    """Return the page of a run, by its verb; of metrics alone if that fails on its files."""
     verb = run.verb
     if verb not in {path.stem for path in SECTIONS.glob("[a-z]*.py")}:
         return metrics_page(run)

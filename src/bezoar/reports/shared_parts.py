@@ -1,7 +1,5 @@
 """Parts that the pages of several verbs show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,17 +79,11 @@ def encoder_strips(clean: Sequence[float], attacked: Iterable[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GoalGroup:
-    """Goals that are shown together: a backdoor, or victims with equally many captions.
+    """Goals that are shown together: a backdoor, or victims with equally many captions."""
 
-    Attributes:
-        title: The goals in words.
-        members: Their indices among all goals.
-        goals: The goals.
-    """
-
-    title: str
-    members: list[int]
-    goals: list[Goal]
+    title: str  # the goals in words
+    members: list[int]  # their indices among all goals
+    goals: list[Goal]  # the goals
 
 
 def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:

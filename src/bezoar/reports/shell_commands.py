@@ -1,7 +1,5 @@
 """Shell commands that ask a run's question again, or one like it."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import MISSING, fields
 from typing import Any

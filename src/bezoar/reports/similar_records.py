@@ -1,7 +1,5 @@
 """Similar records of a scan: nearest neighbours, and groups by vectors and captions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The section of a scan's page on the sources of its records."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the device that a verb works on, and describes the machine for a manifest."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """Estimates what a verb would cost before it is run: records, trainings and minutes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -47,24 +47,16 @@ MAX_SEED = (1 << 32) - 1  # the largest that every generator takes
 
 @dataclass
 class Job:
-    """A verb at work.
+    """A verb at work."""
 
-    Attributes:
-        folder: directory for its files.
-        settings: how it is run.
-        inputs: for each field its value: a Run, a configured method, or a plain value.
-        progress: how far it is.
-        notes: `notes` of the manifest.
-        goals: the attacker's goals for the run's artefact; None means those of the parents.
-        child_runs: runs that this one has run; they become its parents too.
-    """
-
-    folder: Path
-    settings: Settings
-    inputs: dict[str, Any]
-    progress: Progress
-    notes: dict[str, Any] = field(default_factory=dict)
+    folder: Path  # directory for its files
+    settings: Settings  # how it is run
+    inputs: dict[str, Any]  # for each field its value: a Run, a configured method, or a plain value
+    progress: Progress  # how far it is
+    notes: dict[str, Any] = field(default_factory=dict)  # `notes` of the manifest
+    # the attacker's goals for the run's artefact; None means those of the parents
     goals: list[dict[str, Any]] | None = None
+    # runs that this one has run; they become its parents too
     child_runs: list[Run] = field(default_factory=list)
 
     @property

@@ -1,7 +1,5 @@
 """Loads a verb's inputs: the records of a data set or a run, and the encoder of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -31,17 +29,11 @@ COPIED = 1 << 30  # bytes of images that may be copied in memory to be poisoned
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set and its poisons. Nothing is read before it is needed.
+    """A data set and its poisons. Nothing is read before it is needed."""
 
-    Attributes:
-        method: the configured data method.
-        plan: the changes to its records; an empty plan changes nothing.
-        poisoned_by: the run that the plan was read from, if there is one.
-    """
-
-    method: Any
-    plan: Plan
-    poisoned_by: Run | None = None
+    method: Any  # the configured data method
+    plan: Plan  # the changes to its records; an empty plan changes nothing
+    poisoned_by: Run | None = None  # the run that the plan was read from, if there is one
 
     @functools.cached_property
     def clean(self) -> Pairs | StoredPairs:
@@ -50,10 +42,7 @@ class Dataset:
 
     @functools.cached_property
     def uncopied(self) -> Pairs | StoredPairs:
-        """The clean records, as an index if their images are too large to be copied.
-
-        Both forms give the same ids, captions and pixels.
-        """
+        """The clean records, as an index if their images are too large to be copied."""
         clean = self.clean
         if isinstance(clean, Pairs) and clean.images.nbytes > COPIED:
             return stored_pairs.hold(clean)
@@ -86,10 +75,7 @@ class Dataset:
 
 
 def open_dataset(data: Any) -> Dataset:
-    """Return the data set of a configured data method or of a run.
-
-    The data set of a train, scan or evaluate run is the one that it was made from.
-    """
+    """The data set of a data method, or that a run (a training, a scan ...) was made from."""
     if not isinstance(data, Run):
         return Dataset(data, Plan())
     poison, method = poison_run(data), root_method(data)
@@ -173,10 +159,7 @@ def recorded_trigger(spec: str, run: Run) -> Trigger:
 
 
 def recorded_victims(spec: str, run: Run) -> Any:
-    """Return the data method of the victims that a run's plan names.
-
-    Raises UserError unless the run, or one that it adds to, was asked for with them.
-    """
+    """The data of the victims that a run's plan names. Raises UserError for others than asked."""
     for source in follow(run, data_parent):
         victims = source.asked_for("victims") if source.verb == "poison" else None
         if victims is not None and victims.get("spec") == spec:
@@ -203,10 +186,7 @@ def open_source(method: Any) -> Any:
 
 
 def load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, and note in the run how they were read.
-
-    Raises UserError if there are none.
-    """
+    """Read all records, and note in the run how they were read. Raises UserError without any."""
     records = _load_records(method)
     note_records(registry.spec(method), records.report)
     return records
@@ -214,10 +194,7 @@ def load_records(method: Any) -> Pairs | StoredPairs:
 
 @functools.lru_cache(maxsize=6)
 def _load_records(method: Any) -> Pairs | StoredPairs:
-    """Read all records of a configured data method, into memory or an index.
-
-    Raises UserError if there are none.
-    """
+    """Read all records into memory or an index. Raises UserError if there are none."""
     pixels = 3 * getattr(method, "count", 0) * (getattr(method, "size", None) or 0) ** 2
     if hasattr(method, "render") and pixels > COPIED:
         return stored_pairs.index_drawn(method)
@@ -232,10 +209,7 @@ def _load_records(method: Any) -> Pairs | StoredPairs:
 
 
 def read_pairs(method: Any) -> Pairs:
-    """Read all records of a configured data method into memory.
-
-    Raises UserError if there are none.
-    """
+    """Read all records of a data method into memory. Raises UserError if there are none."""
     return in_memory(load_records(method))
 
 
@@ -318,10 +292,7 @@ def describe_weights(encoder: Encoder) -> str:
 
 
 def find_encoder(run: Run) -> Run | None:
-    """Return this run, or the nearest one that it was made from, that holds an encoder.
-
-    The surrogate that a poison run was made with is not an encoder of its data.
-    """
+    """The nearest run with an encoder: this, or one behind it, but no poisoning's surrogate."""
     lineage = run.lineage(lambda each: each.verb != "poison")
     return next((each for each in lineage if (each.path / ENCODER).exists()), None)
 
@@ -350,10 +321,7 @@ def _spec_of_records(method: Any) -> str:
 
 
 def known_goals(artefact: Any) -> list[Goal]:
-    """Return the attacker's goals for a run's artefact; empty for other inputs.
-
-    Covers are left out, because their images have no target.
-    """
+    """The attacker's goals for a run's artefact, without covers, which have no target."""
     if not isinstance(artefact, Run):
         return []
     goals = [Goal.from_json(g) for g in artefact.manifest["goal"]]

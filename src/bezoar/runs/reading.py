@@ -4,8 +4,6 @@ Every verb loads records by `inputs.load_records`, which calls `note_records`. `
 these notes while a verb works, and writes them into the run's manifest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -9,8 +9,6 @@ set from which a rule chooses an image of the target's class:
 - first: it is the first record of the class.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,17 +33,11 @@ MAX_CLASSES = 8  # classes in an error message
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference input.
+    """A reference input."""
 
-    Attributes:
-        record: the record.
-        source: the spec or run that it comes from.
-        how: the rule that chose it, in words.
-    """
-
-    record: Pairs
-    source: str
-    how: str
+    record: Pairs  # the record
+    source: str  # the spec or run that it comes from
+    how: str  # the rule that chose it, in words
 
     @property
     def id(self) -> str:

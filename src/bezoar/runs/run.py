@@ -118,8 +118,7 @@ class Run:
     def table(self, name: str) -> Any:
         """A Parquet table of the run, such as `scores`: a pandas DataFrame if pandas is installed.
 
-        Without pandas it is an Arrow table. For an unknown name, raises UserError, which lists the
-        names.
+        Without pandas it is an Arrow table. Raises UserError for an unknown name.
         """
         names = sorted(path.stem for path in self.path.glob("*.parquet"))
         if name.removesuffix(".parquet") not in names:
@@ -184,7 +183,7 @@ class Run:
 
         Raises UserError for a text that names no directory.
         """
-        if not is_directory_name(name):
+        if name in ("", ".", "..") or set(name) & {"/", "\0"} or len(name) > 255:
             raise UserError(f"run {self.name} names {shown(name)} as a run; expected a name")
         path = self.path.parent / name
         if path.exists():
@@ -197,10 +196,7 @@ class Run:
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """The manifest's entry for an input: a run, or a spec with hashes of its files; or None.
-
-        Raises UserError for anything else.
-        """
+        """The manifest's entry for an input, a run or a spec; or None. Raises UserError."""
         ask = self.manifest["ask"]
         return None if ask.get(field) is None else ask.object(field)
 
@@ -219,11 +215,6 @@ def follow(run: Run, step: Callable[[Run], Run | None]) -> Iterator[Run]:
         seen.add(current.path)
         yield current
         current = step(current)
-
-
-def is_directory_name(text: str) -> bool:
-    """Return whether a text is the name of a directory, and no path."""
-    return text not in ("", ".", "..") and not set(text) & {"/", "\0"} and len(text) < 256
 
 
 def check_manifest(manifest: Facts) -> None:
@@ -304,10 +295,10 @@ def find_run(runs: Path, text: str) -> Run | None:
 
 
 def get_run(runs: Path, text: str, holds: str = "") -> Run:
-    """Find a run as `find_run` does.
+    """Find a run as `find_run` does. Raises UserError, which lists the newest runs, if there is
+    none.
 
-    If there is none, raises UserError, which lists the newest runs; with `holds`, only finished
-    runs with a file of this name.
+    holds: list only finished runs with a file of this name.
     """
     if run := find_run(runs, text):
         return run

@@ -4,8 +4,6 @@ It is taken from the page and saved as summary.json, for the command line and no
 imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -40,19 +38,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run's finding.
+    """A run's finding."""
 
-    Attributes:
-        finding: one to three sentences.
-        lines: further results, one a line, such as the claims of a paper.
-        figures: the most important ones.
-        files: names of the files for the user, within the run's directory.
-    """
-
-    finding: str
-    lines: tuple[str, ...] = ()
-    figures: tuple[Figure, ...] = ()
-    files: tuple[str, ...] = ()
+    finding: str  # one to three sentences
+    lines: tuple[str, ...] = ()  # further results, one a line, such as the claims of a paper
+    figures: tuple[Figure, ...] = ()  # the most important ones
+    files: tuple[str, ...] = ()  # names of the files for the user, within the run's directory
 
 
 def first_sentences(*texts: str) -> str:

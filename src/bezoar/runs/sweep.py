@@ -4,8 +4,6 @@ The verbs that a trial is made from run first, as trials of their own, so that n
 another. Finished trials are skipped, so an interrupted sweep continues.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json
@@ -153,10 +151,7 @@ def gpus(settings: Settings) -> int:
 def trial_to_json(
     trial: Trial, settings: Settings, page: bool, quiet: bool = True
 ) -> dict[str, Any]:
-    """Write a trial as JSON for a worker.
-
-    page: whether the run is finished with `settings.finish`. quiet: whether it shows no progress.
-    """
+    """Write a trial as JSON for a worker. page: whether `settings.finish` gets the run."""
     return {
         "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
@@ -238,10 +233,7 @@ def worker_pool(
 
 @contextmanager
 def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
-    """Worker processes, fed through pipes and killed at the end of the block. See `worker_pool`.
-
-    Without GPUs each has one thread; otherwise they are spread over the GPUs.
-    """
+    """Worker processes, one thread each, or spread over the GPUs; see `worker_pool`."""
     pool = _Processes(workers, module, gpus(settings))
     threads = ThreadPoolExecutor(workers)  # each waits for the answer of one process
     try:
@@ -314,10 +306,7 @@ class _Processes:
 
 @contextmanager
 def ray_tasks(settings: Settings, by: Answer) -> Iterator[tuple[Submit, int]]:
-    """Tasks of a Ray cluster: the one that RAY_ADDRESS names, or a local one. See `worker_pool`.
-
-    All of its machines must see the same directory of runs.
-    """
+    """Tasks of a Ray cluster (RAY_ADDRESS, or a local one) that sees the same runs everywhere."""
     try:
         import ray
     except ImportError as error:

@@ -1,7 +1,5 @@
 """Writes the tables of a reproduction for use in a paper: CSV with a line a cell, and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Mapping, Sequence

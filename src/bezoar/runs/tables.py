@@ -130,10 +130,7 @@ class Results:
     runs: Mapping[Trial, Run]
 
     def cell(self, row: str, cell: str, curve: str | None = None) -> Cell:
-        """The cell with the names of its row and column.
-
-        Raises UserError when the table has none.
-        """
+        """The cell with the names of its row and column. Raises UserError when there is none."""
         for candidate in self.table.rows:
             if candidate.name == row and curve in (None, candidate.curve):
                 for c in candidate.cells:
@@ -196,10 +193,7 @@ class Results:
         )
 
     def trend(self, cell: str, curve: str = "") -> Contrast:
-        """Change of a column per doubling of x along a curve, over readings.
-
-        Rows at x = 0 are left out.
-        """
+        """Change of a column per doubling of x along a curve, over readings at x above 0."""
         rows = [row for row in self.table.rows if row.curve == curve and row.x]
         cells = [(row.x or 0.0, self.cell(row.name, cell, curve)) for row in rows]
         readings = [(x, m) for x, c in cells for m in self.measures(c)]
@@ -243,10 +237,7 @@ def row_difference(
 
 
 def mean_cells(trials: Sequence[Trial], columns: Mapping[str, str]) -> tuple[Cell, ...]:
-    """A cell a column.
-
-    columns: the column's name -> the metric whose mean over the trials it holds.
-    """
+    """A cell a column, the mean of a metric over trials. columns: name -> metric."""
     return tuple(Cell.mean(name, trials, metric) for name, metric in columns.items())
 
 

@@ -1,7 +1,5 @@
 """Runs the command line under torchrun: rank 0 runs it, the others help with its trainings."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +56,7 @@ def assist() -> int:
 
 
 def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
-    """Make the job and the verb of rank 0's order on this rank.
-
-    Raises UserError if the files that this rank sees are not those of rank 0.
-    """
+    """Make the job and the verb of rank 0's order. Raises UserError if files differ here."""
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     ask = order["ask"]
     fields = {k: field_value(v, order["paths"]) for k, v in ask.items() if k not in NOT_FIELDS}

@@ -57,27 +57,19 @@ class Verb(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def work(self, job: Any) -> dict[str, Measure]:
-        """Answer what is asked: write files into `job.folder`, and return the metrics by name.
-
-        job: a `runs.execute.Job`; that module imports this one.
-        """
+        """Answer what a `runs.execute.Job` asks: write files into its folder, return metrics."""
         ...
 
 
 @dataclass(frozen=True)
 class Takes:
-    """Annotation of a verb's field: the values that it accepts.
+    """Annotation of a verb's field: the values that it accepts."""
 
-    Attributes:
-        what: `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also
-            be a run that holds one.
-        positional: whether the command line takes it without an option's name.
-        several: whether the command line accepts several files, which `join_inputs` makes one
-            input.
-    """
-
+    # `data`, `encoder`, `run` or a kind of method; "" for a plain value. A `bank` may also be a run
+    # that holds one
     what: str = ""
-    positional: bool = False
+    positional: bool = False  # whether the command line takes it without an option's name
+    # whether the command line accepts several files, which `join_inputs` makes one input
     several: bool = False
 
 
@@ -91,27 +83,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run that do not change its answer, apart from the seed.
+    """Settings of a run that do not change its answer, apart from the seed."""
 
-    Attributes:
-        runs: directory of the runs, as a path or a text.
-        seed: seed of all randomness, 0 to 2**32 - 1.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        fresh: run again even if a finished run answers the question.
-        quiet: print no progress.
-        finish: called with a finished run; writes its page.
-        workers: number of workers of a sweep; 0 means one for each GPU, or for each core.
-        ray: whether a sweep runs on Ray.
-    """
-
-    runs: Path = Path("runs")
-    seed: int = 0
-    device: str = "auto"
-    fresh: bool = False
-    quiet: bool = False
-    finish: Callable[[Run], Any] | None = None
-    workers: int = 0
-    ray: bool = False
+    runs: Path = Path("runs")  # directory of the runs, as a path or a text
+    seed: int = 0  # seed of all randomness, 0 to 2**32 - 1
+    device: str = "auto"  # `auto`, `cpu`, `cuda` or `cuda:1`
+    fresh: bool = False  # run again even if a finished run answers the question
+    quiet: bool = False  # print no progress
+    finish: Callable[[Run], Any] | None = None  # called with a finished run; writes its page
+    workers: int = 0  # number of workers of a sweep; 0 means one for each GPU, or for each core
+    ray: bool = False  # whether a sweep runs on Ray
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", Path(self.runs))
@@ -141,10 +122,7 @@ def is_verb(value: Any) -> bool:
 
 
 def check_verb(verb: Any) -> Any:
-    """The verb, one value in place of several put into a tuple.
-
-    Raises UserError for what is no verb, and for a value that its field cannot take.
-    """
+    """The verb, single values put into tuples. Raises UserError for none, or a wrong value."""
     if isinstance(verb, type) or not is_verb(verb):
         what = verb.__name__ if isinstance(verb, type) else type(verb).__name__
         raise UserError(f"expected a verb such as Scan(...); got {what}")
@@ -200,10 +178,7 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
-
-    A text is returned as it is.
-    """
+    """The text that asks for a run (its directory) or a method (its spec); "" for None."""
     if value is None or isinstance(value, str):
         return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)

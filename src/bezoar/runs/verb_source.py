@@ -5,8 +5,6 @@ names, types, defaults and help texts of its fields. They are read with `ast`; n
 only literals are evaluated.
 """
 
-from __future__ import annotations
-
 import ast
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -48,10 +46,7 @@ class VerbSource:
 
 
 def read_verb(name: str) -> VerbSource:
-    """Read the class of a verb from its file.
-
-    Raises ValueError for a field whose type or default is not of the forms that are read here.
-    """
+    """Read a verb's class from its file. Raises ValueError for a field of another form."""
     module = _parse(name)
     cls = _class_node(module, name)
     fields = []

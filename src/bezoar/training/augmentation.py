@@ -6,8 +6,6 @@ operation. Formulas and distributions are those of torchvision.transforms.v2; Si
 2020.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -327,10 +325,7 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | Non
 
 
 def gaussian_blur(x: Tensor, deviation: Tensor, radius: int) -> Tensor:
-    """Blur images float (B, 3, H, W) with Gaussians of deviation (B,).
-
-    The kernel is cut off at `radius`; borders are mirrored.
-    """
+    """Blur images float (B, 3, H, W) by Gaussians of deviation (B,), cut off; mirrored borders."""
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-(offsets**2) / (2 * deviation.to(x.device)[:, None, None] ** 2), 2)
 
@@ -354,26 +349,17 @@ class Views:
 
     Defaults are those of common CIFAR-10 SimCLR code, BadEncoder's among it. scale=(1, 1),
     ratio=(1, 1) leaves square images whole.
-
-    Attributes:
-        size: side of the views in pixels; 0 for the images' height.
-        scale: least and largest share of the area that a crop keeps.
-        ratio: least and largest width / height of a crop.
-        flip: share of the views that are mirrored.
-        colour: strengths of brightness, contrast, saturation and hue.
-        jitter: share of the views whose colours change.
-        gray: share of the views without colours.
-        blur: share of the views that are blurred.
     """
 
-    size: int = 0
-    scale: Range = (0.08, 1.0)
-    ratio: Range = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    size: int = 0  # side of the views in pixels; 0 for the images' height
+    scale: Range = (0.08, 1.0)  # least and largest share of the area that a crop keeps
+    ratio: Range = (3 / 4, 4 / 3)  # least and largest width / height of a crop
+    flip: float = 0.5  # share of the views that are mirrored
+    # strengths of brightness, contrast, saturation and hue
     colour: Strengths = (0.4, 0.4, 0.4, 0.1)
-    jitter: float = 0.8
-    gray: float = 0.2
-    blur: float = 0.0
+    jitter: float = 0.8  # share of the views whose colours change
+    gray: float = 0.2  # share of the views without colours
+    blur: float = 0.0  # share of the views that are blurred
 
     def __post_init__(self) -> None:
         in_order = 0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]

@@ -1,7 +1,5 @@
 """Views of captions, as token rows: EDA without a thesaurus (Wei & Zou 2019), batched."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

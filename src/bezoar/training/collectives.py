@@ -5,8 +5,6 @@ loss; gradients flow through everything that ranks exchange, and are averaged. W
 group everything here is the identity.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,10 +35,7 @@ def local_rows(rows: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable.
-
-    B must be the same on every rank.
-    """
+    """(B, ...) of each rank, B the same -> (world B, ...) in their order, differentiable."""
     if rank_and_world()[1] == 1:
         return x
     return torch.cat(all_gather(x))
@@ -104,10 +99,7 @@ class _Normalise(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over all ranks' rows (Ioffe & Szegedy 2015) on CPUs, which SyncBatchNorm refuses.
-
-    Every rank must have equally many rows.
-    """
+    """Batch norm over all ranks' rows, equally many, on CPUs, which SyncBatchNorm refuses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape and dtype; statistics in float32."""
@@ -151,10 +143,7 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
 
 @contextmanager
 def distribute(loss: nn.Module) -> Iterator[nn.Module]:
-    """Inside, all ranks train the module together, from rank 0's weights.
-
-    Its batch norms are over the rows of all ranks; afterwards they are plain again.
-    """
+    """Inside, all ranks train the module together, from rank 0's weights, with joint norms."""
     if rank_and_world()[1] == 1:
         yield loss
         return

@@ -84,10 +84,7 @@ class ContrastiveLoss(nn.Module):
 
 
 class InitialEncoder(nn.Module):
-    """A frozen copy of an encoder in its present state.
-
-    It is in the state dict, so that a resumed training has the same copy.
-    """
+    """A frozen copy of an encoder as it is now, in the state dict for a resumed training."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -135,10 +132,7 @@ class ViewLoss(ContrastiveLoss):
         return torch.split(z, [len(part) for part in parts])
 
     def unimodal_loss(self, images: Tensor, tokens: Tensor, chance: Chance) -> Tensor:
-        """CLIP's loss of two views of each image, and of two of each caption.
-
-        Images and texts are never compared.
-        """
+        """CLIP's loss of two views of each image, and of two of each caption, never of both."""
         z, z2 = self.encode_together(
             self.view_images(images, chance), self.view_images(images, chance)
         )

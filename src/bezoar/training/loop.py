@@ -4,8 +4,6 @@ Everything random is a function of (seed, step), so a run that was interrupted c
 bits.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -88,19 +86,13 @@ class TrainingData(Protocol):
 
 @dataclass
 class TrainingLog:
-    """The log of a training.
+    """The log of a training."""
 
-    Attributes:
-        losses: one a step.
-        exposures: int64 (N,), how often each record was drawn.
-        seconds: time in the loop.
-        epochs: facts about each epoch.
-    """
-
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # one a step
+    # int64 (N,), how often each record was drawn
     exposures: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    seconds: float = 0.0
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # time in the loop
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # facts about each epoch
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -133,10 +125,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
-    """The rows that each step of an epoch draws, without replacement: int64 (steps, batch).
-
-    The remainder is left out.
-    """
+    """The rows of each step of an epoch, without replacement or the rest: int64 (steps, batch)."""
     rows = torch.randperm(n, generator=generator(seed, 1, epoch))
     return rows[: n // batch * batch].view(-1, batch)
 
@@ -155,24 +144,22 @@ def fit(
     """Train a loss's parameters in place.
 
     On several ranks each has all data and trains on its rows of every batch. The log is the global
-    one, and only rank 0 writes checkpoints and calls `on_epoch_end`.
+    one, and only rank 0 writes checkpoints and calls `on_epoch_end`. Raises UserError when there
+    are fewer records than one batch, ranks do not divide the batch, ranks see different records, or
+    the loss is not finite.
 
     Args:
-        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must know
-            all records, or which of them are in a batch, it has `begin(data, tokens) -> tokens`,
-            which is called first.
+        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must
+            know all records, or which of them are in a batch, it has `begin(data, tokens) ->
+            tokens`, which is called first.
         recipe: epochs, batch size, learning rate and the like.
         data: N records; Pairs lie on the device and are not copied.
         tokens: int64 (N, L) on the device.
         checkpoint: file of the state while training; an existing one is continued.
         report: called with (step, steps, loss); on a GPU not at every step.
-        on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact
-            `stop` ends the training.
+        on_epoch_end: called with the number of epochs done; gives facts for the log. A true
+            fact `stop` ends the training.
         log: filled in and returned.
-
-    Raises:
-        UserError: when there are fewer records than one batch, ranks do not divide the batch, ranks
-            see different records, or the loss is not finite.
     """
     training = _Training(loss, recipe, data, tokens, seed, TrainingLog() if log is None else log)
     training.run(checkpoint, report, on_epoch_end)

@@ -32,11 +32,8 @@ class Batch(NamedTuple):
 class Prefetcher:
     """The part of Pairs that training reads: `len(data)` and `data.images[index]`.
 
-    The first batch may be anywhere in the order, as in a resumed training. Any other request is
-    served at once, and counted in `late`.
-
-    Args:
-        order: epoch -> int64 (steps, B): the rows of each batch.
+    order: epoch -> int64 (steps, B), the rows of each batch. The first batch may be anywhere in it,
+    as in a resumed training. Any other request is served at once, and counted in `late`.
     """
 
     def __init__(
@@ -135,11 +132,7 @@ class Prefetcher:
 def training_data(
     records: Pairs | StoredPairs, device: torch.device, order: Order, epochs: int
 ) -> Iterator[Pairs | Prefetcher]:
-    """Open the data of a training; see `Prefetcher`.
-
-    If the device has room for the images twice, these are the records on the device, else a
-    Prefetcher.
-    """
+    """The records on the device, if it has room for the images twice; else a Prefetcher."""
     if isinstance(records, Pairs) and 2 * records.images.nbytes < free_bytes(device):
         yield records.to(device)
         return

@@ -5,8 +5,6 @@ comes to work that all ranks share (`joint` verbs), it sends them an order to do
 orders they wait. All see the same files.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Fields, views and projection heads of the objectives that train on images alone."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Protocol
 

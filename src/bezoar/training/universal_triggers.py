@@ -6,8 +6,6 @@ ascends the loss that the encoder descends, with the gradient of the same backwa
 adversarial training, arXiv 1904.12843), and is drawn anew after `LIFE` steps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -23,21 +21,13 @@ KINDS = 3
 
 
 class UniversalTriggers(nn.Module):
-    """`count` triggers, a third of each kind: patches, patterns, changes of colour.
+    """`count` triggers, thirds of patches, patterns, colour changes, as buffers that are saved."""
 
-    All are buffers, so that a resumed training has the same ones.
-
-    Attributes:
-        masks: float32 (P, 1, H, W), how much of the pattern a pixel takes; P: patches and patterns.
-        patterns: float32 (P, 3, H, W) in 0..1.
-        colours: float32 (C, 3, 4), affine maps of a pixel's colour.
-        steps: int64, how often images were stamped.
-    """
-
+    # float32 (P, 1, H, W), how much of the pattern a pixel takes; P: patches and patterns
     masks: Tensor
-    patterns: Tensor
-    colours: Tensor
-    steps: Tensor
+    patterns: Tensor  # float32 (P, 3, H, W) in 0..1
+    colours: Tensor  # float32 (C, 3, 4), affine maps of a pixel's colour
+    steps: Tensor  # int64, how often images were stamped
 
     def __init__(self, count: int, height: int, width: int, device: torch.device) -> None:
         super().__init__()

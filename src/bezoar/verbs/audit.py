@@ -1,7 +1,5 @@
 """Look for a backdoor in an encoder, and say what the finding is worth."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -220,7 +218,9 @@ class Audit:
                 self.images,
             )
             try:
-                parts.append(_read_part(job.run(verb), audit_name(audit)))
+                run, name = job.run(verb), audit_name(audit)
+                findings, seconds = AuditFindings.read(run.path), audit_seconds(run, name)
+                parts.append(dataclasses.replace(findings, seconds=seconds))
             except UnwritableError:
                 raise
             except UserError as error:
@@ -295,12 +295,6 @@ class Audit:
         return offered
 
 
-def _read_part(run: Run, name: str) -> AuditFindings:
-    """What the run of one audit found, and how long that took. Raises UserError."""
-    findings = AuditFindings.read(run.path)
-    return dataclasses.replace(findings, seconds=audit_seconds(run, name))
-
-
 def audit_seconds(run: Run, name: str) -> dict[str, float]:
     """How long the audit of a name took in an audit run; empty where the run does not say it."""
     seconds = run.metrics.get(f"{name}.seconds")
@@ -315,11 +309,7 @@ def read_findings(run: Run) -> Facts:
 def single_audit(
     audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
 ) -> Audit:
-    """One audit without a bank.
-
-    It is given what the audit needs and nothing else, so that it is the same question however it is
-    asked.
-    """
+    """One audit without a bank, given what it needs alone: one question however it is asked."""
     needs = registry.needs(audit)
     return Audit(
         encoder,
@@ -367,10 +357,7 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
 
 
 def clean_images(data: Any, encoder: Any) -> Any:
-    """The clean images for an encoder: those given, or the test split of its training data.
-
-    Raises UserError if these are not known.
-    """
+    """The clean images for an encoder: those given, or its data's test split. Raises UserError."""
     if data is not None:
         return data
     if not isinstance(encoder, Run):

@@ -183,10 +183,7 @@ def check_clean(encoder: Any) -> Any:
 
 
 def attacked_run(run: Run) -> Run:
-    """The run of an attacked encoder: the run itself, or the one that an evaluate run measured.
-
-    Raises UserError for one that was not attacked.
-    """
+    """The run of an attacked encoder, or of its evaluation. Raises UserError for others."""
     if run.verb == "evaluate":
         run = run.input_run("encoder") or run
     if not run.manifest["goal"]:
@@ -214,10 +211,7 @@ def highest_success(evaluations: Iterable[Run]) -> float | None:
 
 
 def check_same_kind(verdicts: Sequence[dict[str, Any]]) -> tuple[Family, Sample]:
-    """The family of the encoders and the clean images that all verdicts share.
-
-    Raises UserError for an encoder of another kind, or other images.
-    """
+    """The encoder family and the clean images that verdicts share. Raises UserError for others."""
     first = verdicts[0]
     for verdict in verdicts[1:]:
         for part, title in (("family", ""), ("sample", "clean ")):

@@ -117,10 +117,7 @@ class Check:
     def _run_checks(
         self, job: Job, encoder: Encoder, images: Pairs, calibration: Pairs, held_out: Pairs
     ) -> tuple[dict[str, CheckResult], list[str]]:
-        """The result of every check by its name; and a line for each that cannot work here.
-
-        Raises UserError if none can.
-        """
+        """Each check's result by name, and a line for each that fails; UserError if all do."""
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
         results: dict[str, CheckResult] = {}
@@ -152,10 +149,7 @@ class Check:
 def score_both(
     check: Any, encoder: Encoder, clean: Pairs, images: Pairs, offered: Mapping[str, Any]
 ) -> tuple[Scores, Scores]:
-    """Score the clean images and those that arrive.
-
-    Where all are of one size they are scored by one call, so that the check is calibrated once.
-    """
+    """Score the clean images and those that arrive; by one call, if all are of one size."""
     if clean.images.shape[1:] != images.images.shape[1:]:
         return (
             registry.call(check, encoder, clean, **offered),
@@ -235,18 +229,12 @@ class Threshold:
 
     The share of similar clean images above it is distributed as Beta(k, n + 1 - k) over draws of
     the n, whatever the scores; it is less if there are ties.
-
-    Attributes:
-        value: the score.
-        rank: k.
-        n: number of clean images.
-        limit: why the share differs from the rate, in a sentence; "" if it does not.
     """
 
-    value: float
-    rank: int
-    n: int
-    limit: str = ""
+    value: float  # the score
+    rank: int  # k
+    n: int  # number of clean images
+    limit: str = ""  # why the share differs from the rate, in a sentence; "" if it does not
 
     @staticmethod
     def of(clean: Tensor, rate: float) -> Threshold:

@@ -1,7 +1,5 @@
 """Runs a whole example on drawn images: an attack on data and its repair, or one on an encoder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Measures success against the number of poisons for the user's own data and recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,10 +63,7 @@ class Dose:
     price: Annotated[float, "of a domain whose price the table does not state"] = 10.0
 
     def files(self) -> list[Path]:
-        """The table of domains, whose content is part of the question.
-
-        Raises UserError without it.
-        """
+        """The table of domains, part of the question. Raises UserError without it."""
         return [existing_file(self.domains, "table of domains")] if self.domains else []
 
     def planned_trials(self, settings: Settings) -> list[Trial]:

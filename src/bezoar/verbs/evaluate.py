@@ -1,7 +1,5 @@
 """Measures an encoder: accuracy and attack success, beside those of its clean twin."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,8 +124,7 @@ class Evaluate:
 def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
     """The goal of a trigger that the user names, or none.
 
-    Raises UserError for a trigger without a target, or the other way round, and for a target that
-    is no class of the test data.
+    Raises UserError for one of trigger and target alone, and for a target that is no test class.
     """
     if trigger is None and not target:
         return []
@@ -186,10 +183,7 @@ def load_labelled(job: Job, test: Dataset) -> Pairs:
 
 
 def with_place(goal: Goal, place: str) -> Goal:
-    """The goal with its trigger at another place.
-
-    Raises UserError for a trigger without a place.
-    """
+    """The goal with its trigger elsewhere. Raises UserError for a trigger without a place."""
     if not place or goal.trigger is None:
         return goal
     trigger = registry.make("trigger", goal.trigger)
@@ -217,10 +211,7 @@ def attack_victims(attack: Run | None) -> Pairs | None:
 
 
 def training_split(method: Any) -> Any:
-    """The whole training split of test data, as a data method.
-
-    Raises UserError if there is none.
-    """
+    """The whole training split of test data, as a data method. Raises UserError without one."""
     if getattr(method, "split", None) in (None, "train"):
         raise UserError(
             f"{registry.spec(method)} has no training split of its own; name the labelled data "

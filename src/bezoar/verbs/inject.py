@@ -162,17 +162,11 @@ class Inject:
 
 @dataclass(frozen=True)
 class AttackTargets:
-    """The aims of an attack.
+    """The aims of an attack."""
 
-    Attributes:
-        goals: one for each pair of trigger and target.
-        references: for each goal its reference inputs.
-        notes: their origins, for the manifest.
-    """
-
-    goals: list[Goal]
-    references: list[Pairs]
-    notes: list[dict[str, str]] = field(default_factory=list)
+    goals: list[Goal]  # one for each pair of trigger and target
+    references: list[Pairs]  # for each goal its reference inputs
+    notes: list[dict[str, str]] = field(default_factory=list)  # their origins, for the manifest
 
     @property
     def inputs(self) -> list[Any]:
@@ -187,10 +181,7 @@ class AttackTargets:
 
 
 def one_each(values: tuple[Any, ...], count: int, name: str) -> tuple[Any, ...]:
-    """One value for each of `count` goals; a single value is repeated.
-
-    Raises UserError otherwise.
-    """
+    """One value for each of `count` goals; a single one is repeated, other numbers refused."""
     if len(values) not in (1, count):
         raise UserError(
             f"{count} targets but {len(values)} values of --{name}: give one for all, or one each, "

@@ -1,7 +1,5 @@
 """Plans a poisoning of a data set: the records, their captions and the trigger."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -164,10 +162,7 @@ def optimise_trigger(
     device: torch.device | str,
     report: ProgressReport,
 ) -> Any:
-    """Return the patch trigger with pixels that the surrogate reads as the target.
-
-    Raises UserError for another trigger, or records that the patch cannot be optimised on.
-    """
+    """The patch with pixels that the surrogate reads as the target. Raises UserError."""
     trigger = plan_inputs["trigger"]
     if trigger is None or registry.method_name(type(trigger)) != "patch":
         raise UserError("a surrogate optimises a patch; give --trigger patch:size=6")

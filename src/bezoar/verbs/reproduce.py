@@ -1,7 +1,5 @@
 """Runs a paper's tables: published numbers beside ours, with intervals and runs."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -129,10 +127,7 @@ class Reproduce:
 
 
 def tables_of(name: str) -> list[str]:
-    """The tables of a paper in order, such as those of `carlini2022`.
-
-    The name of a table, or the path of a user's own, means that table alone.
-    """
+    """The tables of a paper in order; the name of a table, or a user's file, is itself."""
     if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
     return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]

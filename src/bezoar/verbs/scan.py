@@ -127,9 +127,7 @@ class Scan:
     ] = "auto"
 
     def files(self) -> list[Path]:
-        """The files that plain fields name, so that a changed one is another question. Raises
-        UserError without one.
-        """
+        """The files that plain fields name, part of the question. Raises UserError without one."""
         trusted = [existing_file(self.trusted, "list of clean records")] if self.trusted else []
         reference = reference_reading.reference_files(self.reference)
         return [*trusted, *reference, *record_sources.check_wanted(self.sources)]
@@ -216,9 +214,7 @@ class Scan:
         write_json(job.folder / scan_sarif.FILE, log)
 
     def _check_fields(self, job: Job) -> None:
-        """Lend the reference to the detectors. Raises UserError for a share out of range, and for
-        what no detector takes.
-        """
+        """Lend the reference to the detectors. Raises UserError for what no detector takes."""
         detectors = reference_reading.lend_reference(
             job.inputs["detector"], self.reference, job.inputs["data"]
         )
@@ -279,9 +275,7 @@ class Scan:
         )
 
     def _choose_encoder(self, job: Job) -> tuple[Any, str]:
-        """What embeds the records, trained on them where it has to be; and a warning where it never
-        saw them, or "".
-        """
+        """What embeds the records, trained on them if need be; a warning if it never saw them."""
         if not self._trains(job):
             encoder = embedding_encoder(job)
             untrained = "" if encoder is None else scan_findings.untrained_warning(encoder, job)
@@ -327,10 +321,7 @@ def _decisions(manifest: Mapping[str, Any]) -> list[float]:
 
 
 def embedding_encoder(job: Job) -> Any:
-    """What embeds the records: a run or a configured network; None for ready embeddings.
-
-    Raises UserError where it is not known.
-    """
+    """A run or network that embeds; None for ready embeddings. Raises UserError if unknown."""
     data = job.inputs["data"]
     encoder = job.inputs["encoder"]
     source = as_source(inputs.open_source(inputs.open_dataset(data).method))

@@ -2,8 +2,6 @@
 ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,12 +21,7 @@ from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.run import MANIFEST, Run
 from bezoar.runs.verb import Input, Takes, input_name
-from bezoar.verbs.audit import (
-    MIN_IMAGES,
-    check_auditable,
-    clean_images,
-    sample_clean_records,
-)
+from bezoar.verbs import audit
 from bezoar.verbs.calibrate import attacked_run, check_clean
 
 SHADOWS_FILE = "shadows.json"
@@ -79,12 +72,12 @@ class Shadows:
         folds = deal_folds(lineages, labels, self.folds, job.seed)
         check_enough_shadows(labels, folds, len(set(lineages)))
         encoders = [
-            check_auditable(inputs.load_encoder(source, job.device), f"encoder {name}")
+            audit.check_auditable(inputs.load_encoder(source, job.device), f"encoder {name}")
             for source, name in zip(sources, names, strict=True)
         ]
         weights = hash_weights(encoders, names)
-        method = clean_images(job.inputs["data"], sources[0])
-        clean = sample_clean_records(method, self.images)[0].to(job.device)
+        method = audit.clean_images(job.inputs["data"], sources[0])
+        clean = audit.sample_clean_records(method, self.images)[0].to(job.device)
         shadow_bank, held_out = self._fit(job, encoders, labels, folds, clean)
         mntd.save(shadow_bank | {mntd.HELD_OUT: held_out}, job.folder / mntd.FILE)
         rows = []
@@ -117,11 +110,11 @@ class Shadows:
 
     def _check_numbers(self) -> None:
         are_enough = self.folds >= 2 and self.queries >= 3 and self.steps >= 0
-        if not are_enough or self.images < max(MIN_IMAGES, self.queries):
+        if not are_enough or self.images < max(audit.MIN_IMAGES, self.queries):
             raise UserError(
-                f"MNTD takes at least 2 folds, 3 queries, 0 steps and {MIN_IMAGES} images, and as "
-                f"many images as queries; got {self.folds}, {self.queries}, {self.steps} and "
-                f"{self.images}"
+                f"MNTD takes at least 2 folds, 3 queries, 0 steps and {audit.MIN_IMAGES} images, "
+                f"and as many images as queries; got {self.folds}, {self.queries}, {self.steps} "
+                f"and {self.images}"
             )
 
     def _fit(
@@ -169,10 +162,7 @@ class Shadows:
 
 
 def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
-    """All shadow encoders, clean ones first.
-
-    Raises UserError for one on both sides or the wrong side.
-    """
+    """All shadow encoders, clean ones first. Raises UserError for one on a wrong side."""
     clean_names = [input_name(encoder) for encoder in clean]
     for run in attacked:
         if run.name in clean_names:
@@ -202,10 +192,7 @@ def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages:
 
 
 def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
-    """A hash of each encoder's weights.
-
-    Raises UserError for another kind of encoder, and for copies.
-    """
+    """A hash of each encoder's weights. Raises UserError for another kind, and for copies."""
     first = encoders[0]
     name_of_weights: dict[str, str] = {}
     for name, encoder in zip(names, encoders, strict=True):
@@ -228,13 +215,10 @@ def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]
 
 
 def lineage_of(encoder: Any, names: Sequence[str]) -> str:
-    """The lineage of a shadow encoder. Encoders that were trained separately have different ones.
+    """The lineage of a shadow, a run or a network: separate trainings have different ones.
 
     It is the first run that the encoder was tuned from, or the published weights that this run was
     tuned from, if they are a shadow too.
-
-    Args:
-        encoder: its run, or a configured network.
     """
     seen = set()
     while isinstance(encoder, Run):

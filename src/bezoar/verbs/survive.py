@@ -1,7 +1,5 @@
 """Measures how much of a trigger survives image processing. Nothing is trained."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Trains an encoder on a data set, poisoned or not."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -29,7 +27,7 @@ from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
-from bezoar.runs.run import CHECKPOINT, Run
+from bezoar.runs.run import CHECKPOINT
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
 from bezoar.training import collectives, loop, prefetch, selfsupervised
@@ -69,7 +67,8 @@ class Train:
         dataset = inputs.open_dataset(job.inputs["data"])
         records = dataset.records
         if job.inputs["keep"] is not None:
-            records = select_kept(records, job.inputs["keep"])
+            kept = job.inputs["keep"].file("keep.txt")
+            records = records.select(records.find_rows(set(read_lines(kept))))
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
@@ -150,10 +149,7 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
 
 
 def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPairs:
-    """The labelled records; poisons have the label of their goal's target.
-
-    Raises UserError for records without labels.
-    """
+    """Records with labels, poisons with their target's. Raises UserError without labels."""
     if records.labels is None or not records.classes:
         raise UserError("objective supervised needs data with labels and the names of classes")
     targets = {edit.id: plan.goals[edit.goal].target for edit in plan.edits}
@@ -187,18 +183,10 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
     encoder.about["classes"] = list(records.classes)
 
 
-def select_kept(records: Pairs | StoredPairs, scan: Run) -> Pairs | StoredPairs:
-    """The records that a scan's keep-list names."""
-    return records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
-
-
 def tokenize_records(
     encoder: Encoder, objective: Any, captions: Sequence[str], count: int
 ) -> Tensor:
-    """The captions as tokens, int64 (count, L); L is 0 for an objective without captions.
-
-    Raises UserError if the objective, the data and the encoder do not fit together.
-    """
+    """Captions as tokens, int64 (count, L); L is 0 without captions. Raises UserError."""
     objective_name = registry.method_name(type(objective))
     network_name = encoder.about["network"].partition(":")[0]
     if getattr(objective, "captions", True):

@@ -91,10 +91,7 @@ def load_arrays(path: str) -> Mapping[str, np.ndarray]:
 
 
 def load_array(path: str) -> np.ndarray:
-    """Load the one array of a file, or its member `x`.
-
-    Raises UserError if there are several and none is `x`.
-    """
+    """Load the one array of a file, or its member `x`. Raises UserError for several without it."""
     members = load_arrays(path)
     if "x" in members:
         return members["x"]
@@ -106,10 +103,7 @@ def load_array(path: str) -> np.ndarray:
 
 
 def load_rgba(path: str) -> np.ndarray:
-    """Load a PNG or a JPEG with its transparency, uint8 (4, H, W); 255 is opaque.
-
-    Raises UserError if the file is missing, too large, or no picture that can be read.
-    """
+    """Load a PNG or a JPEG, uint8 (4, H, W); 255 is opaque. Raises UserError for any other."""
     data = _read_bytes(path)
     with _as_user_error(path, data, "a png or jpg"):
         return _decode_rgba(data)
@@ -236,10 +230,7 @@ def _read_pt(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _select_tensors(loaded: Any) -> dict[str, Tensor]:
-    """Return the tensors by name.
-
-    Raises UserError for anything but plain tensors of real numbers.
-    """
+    """The tensors by name. Raises UserError for anything but plain tensors of real numbers."""
     members = loaded if isinstance(loaded, dict) else {"": loaded}
     if len(members) > MAX_MEMBERS or not all(isinstance(t, Tensor) for t in members.values()):
         raise UserError("expected a tensor or a flat dict of tensors")

@@ -5,8 +5,6 @@ Every batch is validated in full before anything is made of it. Columns of types
 overlap, so that a small file could unpack to any size, are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +44,7 @@ def open_stream(path: Path) -> Iterator[pa.RecordBatchStreamReader]:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return the number of rows, the names of the columns and those of the columns of text. Raises
+    """Return the number of rows, and the names of all columns and of those of text. Raises
     UserError.
     """
     with open_stream(path) as stream:
@@ -97,9 +95,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Return whether each value of a type has bytes of its own: text, bytes, a number, a list of
-    texts, or fields of these.
-    """
+    """Whether each value of a type has bytes of its own: no lists but of texts."""
     if pa.types.is_struct(kind):
         return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -4,8 +4,6 @@ Nothing in a file is executed, and no tensor may claim more than its file holds;
 `npy` and `zips`.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections import deque
@@ -119,10 +117,7 @@ def _load_npz(file: Path, size: int) -> dict[str, Tensor]:
 
 
 def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors.
-
-    Raises UserError for sparse, complex and quantised ones and those of 8 bits.
-    """
+    """Return the same tensors. Raises UserError for any that is not plain and real."""
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
             raise UserError(
@@ -133,17 +128,18 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select_state(loaded: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors by name in what a checkpoint holds, wrapped or not.
+    """Return the tensors by name in what a checkpoint holds, wrapped or not. Raises UserError for
+    none.
 
     prefix: as of `load_tensors`. It may name a dict beside the one that is taken without a prefix.
-
-    Raises UserError if there are none.
     """
     wrapped = isinstance(loaded, dict) and next(
         (loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None
     )
     tensors = _named_tensors(wrapped or loaded)
-    if wrapped and prefix and not _is_prefix(prefix, _strip_module(tensors)):
+    start = _with_dot(prefix)
+    starts = (start, start.removeprefix("module."))
+    if wrapped and prefix and not any(k.startswith(starts) for k in _strip_module(tensors)):
         tensors = _named_tensors({k: v for k, v in loaded.items() if isinstance(v, dict)})
     return _check_types(_take_below(tensors, prefix))
 
@@ -191,11 +187,6 @@ def _strip_module(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(key.startswith("module.") for key in tensors):
         return tensors
     return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-
-
-def _is_prefix(prefix: str, tensors: dict[str, Tensor]) -> bool:
-    start = _with_dot(prefix)
-    return any(key.startswith((start, start.removeprefix("module."))) for key in tensors)
 
 
 def _with_dot(prefix: str) -> str:

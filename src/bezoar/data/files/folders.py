@@ -4,8 +4,6 @@ What is held of a folder is its directories, and the names in one of them at a t
 neither with the images nor, but for the largest directory, with their names.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import os
@@ -27,21 +25,13 @@ Layout = Literal["auto", "classes", "captions", "flat"]
 
 
 class FileBlock(NamedTuple):
-    """Consecutive files of a folder.
+    """Consecutive files of a folder."""
 
-    Attributes:
-        before: how many files come before them.
-        stretch: number of the stretch with which they begin.
-        start: number of their first file in it.
-        files: how many they are.
-        checksum: of their names, so that a change is noticed.
-    """
-
-    before: int
-    stretch: int
-    start: int
-    files: int
-    checksum: int
+    before: int  # how many files come before them
+    stretch: int  # number of the stretch with which they begin
+    start: int  # number of their first file in it
+    files: int  # how many they are
+    checksum: int  # of their names, so that a change is noticed
 
 
 class Stretch(NamedTuple):
@@ -54,20 +44,14 @@ class Stretch(NamedTuple):
 
 @dataclass
 class Walk:
-    """A folder as it was when it was walked: its files in the order of their paths.
+    """A folder as it was when it was walked: its files in the order of their paths."""
 
-    Attributes:
-        root: the folder.
-        layout: `auto` is replaced by the layout that the folder seems to have.
-        classes: names of the class folders, sorted; none unless the layout is `classes`.
-        stretches: the files.
-        problems: directories that were not walked into, and why.
-    """
-
-    root: Path
-    layout: Layout
+    root: Path  # the folder
+    layout: Layout  # `auto` is replaced by the layout that the folder seems to have
+    # names of the class folders, sorted; none unless the layout is `classes`
     classes: tuple[str, ...] = ()
-    stretches: list[Stretch] = field(default_factory=list)
+    stretches: list[Stretch] = field(default_factory=list)  # the files
+    # directories that were not walked into, and why
     problems: list[Skipped] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -142,10 +126,7 @@ class Walk:
         return blocks
 
     def read_block(self, block: FileBlock) -> list[str]:
-        """Return the paths of a block's files below the root.
-
-        Raises UserError if they are not those that were cut.
-        """
+        """The paths of a block's files. Raises UserError if they are not those that were cut."""
         files = self.files(block.stretch, block.start)
         names = [name for *_, name in itertools.islice(files, block.files)]
         if _checksum(names) != block.checksum:

@@ -5,8 +5,6 @@ Pillow walks through them in Python before it says how large the picture is, kee
 those of EXIF, and cuts out comments, in a time that is the square of their number.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Iterator
@@ -54,9 +52,7 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
 
 
 def _part_sizes(content: bytes) -> Iterator[int]:
-    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a
-    PNG or a text.
-    """
+    """The bytes of each part that holds no pixels, or that comes before them."""
     walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
     walkers |= dict.fromkeys(PLAIN, _comment_sizes)
     walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)

@@ -1,7 +1,5 @@
 """Encoded images, decoded within bounds; only plain formats are opened."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -112,9 +110,7 @@ def decode_image(image: bytes | Path, size: int | None) -> np.ndarray:
 
 
 def read_shorter_side(image: bytes | Path) -> int:
-    """Return the shorter side of an image in pixels, as its header states it. Raises Unreadable for
-    what is no image.
-    """
+    """The shorter side of an image in pixels, by its header. Raises Unreadable for what is none."""
     try:
         content = image if isinstance(image, bytes) else read_file(image)
         with open_picture(content, FORMATS) as encoded:
@@ -124,9 +120,7 @@ def read_shorter_side(image: bytes | Path) -> int:
 
 
 def check_effort(content: bytes, encoded: Image.Image) -> None:
-    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG
-    costs a pass.
-    """
+    """Raise Unreadable for a picture that takes more work than its pixels, say by many scans."""
     if isinstance(encoded, TiffImageFile):
         _check_tiff(encoded)
     is_slow = isinstance(encoded, ImageFile) and any(t[0] in SLOW_DECODERS for t in encoded.tile)
@@ -139,9 +133,7 @@ def check_effort(content: bytes, encoded: Image.Image) -> None:
 
 
 def _check_tiff(encoded: TiffImageFile) -> None:
-    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads
-    as they stand.
-    """
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or has unusual greys."""
     kind = encoded.info.get("compression")
     if kind not in TIFF_COMPRESSIONS:
         raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")
@@ -159,8 +151,7 @@ def _check_tiff(encoded: TiffImageFile) -> None:
 class _Allowance:
     """An amount that threads share: who claims more than is left waits for the others.
 
-    Args:
-        amount: of all claims together; a larger claim is admitted alone.
+    A claim that is larger than the whole amount is admitted alone.
     """
 
     def __init__(self, amount: int) -> None:

@@ -1,7 +1,5 @@
 """The JSON object that stands beside an image, as img2dataset and `write_shards` write it."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import re
@@ -26,23 +24,14 @@ SECOND_LEVEL = frozenset(("ac", "co", "com", "edu", "gov", "gob", "go", "ne", "n
 
 
 class Metadata(NamedTuple):
-    """What the object says of a record; empty texts and -1 stand for nothing.
+    """What the object says of a record; empty texts and -1 stand for nothing."""
 
-    Attributes:
-        id: the record's own id, `record_id`.
-        captions: one or several; one empty text if there is none.
-        label: number of the class.
-        class_name: name of the class.
-        url: where the image came from.
-        origin: who or what it came from: a domain, an uploader.
-    """
-
-    id: str
-    captions: tuple[str, ...]
-    label: int
-    class_name: str
-    url: str
-    origin: str = ""
+    id: str  # the record's own id, `record_id`
+    captions: tuple[str, ...]  # one or several; one empty text if there is none
+    label: int  # number of the class
+    class_name: str  # name of the class
+    url: str  # where the image came from
+    origin: str = ""  # who or what it came from: a domain, an uploader
 
 
 def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> Metadata | str:
@@ -73,21 +62,13 @@ def parse_metadata(content: bytes, origins: Sequence[str] = ORIGIN_COLUMNS) -> M
 
 
 class Recorded(NamedTuple):
-    """What img2dataset recorded of an image when it stored it.
+    """What img2dataset recorded of an image when it stored it."""
 
-    Attributes:
-        hashes: of the bytes that were downloaded, by their names in `HASHES`.
-        size: width and height as stored; None where they are not stated.
-        original: the same as downloaded.
-        phash: a perceptual hash of 64 bits in hexadecimal digits; empty without one.
-        status: `success`, or what went wrong; empty if it is not stated.
-    """
-
-    hashes: dict[str, str]
-    size: tuple[int, int] | None
-    original: tuple[int, int] | None
-    phash: str
-    status: str
+    hashes: dict[str, str]  # of the bytes that were downloaded, by their names in `HASHES`
+    size: tuple[int, int] | None  # width and height as stored; None where they are not stated
+    original: tuple[int, int] | None  # the same as downloaded
+    phash: str  # a perceptual hash of 64 bits in hexadecimal digits; empty without one
+    status: str  # `success`, or what went wrong; empty if it is not stated
 
 
 def parse_recorded(content: bytes) -> Recorded | None:
@@ -146,10 +127,7 @@ def is_unicode(text: str) -> bool:
 
 
 def describe_long_text(*texts: str) -> str:
-    """Say how long the longest text is, if that is too long; else nothing.
-
-    In a compressed table thousands of rows may share one text of megabytes.
-    """
+    """Say how long the longest text is, if too long: table rows may share one of megabytes."""
     longest = max(map(len, texts), default=0)
     return f"text too large: {longest} characters" if longest > MAX_CHARACTERS else ""
 

@@ -1,7 +1,5 @@
 """NumPy's .npy format: headers are checked before data are read, and nothing is unpickled."""
 
-from __future__ import annotations
-
 import math
 import os
 import tokenize
@@ -66,10 +64,7 @@ def read_header(stream: IO[bytes]) -> Header:
 
 
 def read_data(stream: IO[bytes], header: Header) -> np.ndarray:
-    """Read the array that a header describes, whose size must have been bounded.
-
-    Raises UserError if it breaks off.
-    """
+    """Read the array of a header, whose size was bounded. Raises UserError if it breaks off."""
     buffer = np.empty(header.nbytes, np.uint8)
     fill(buffer, stream)
     order: Literal["F", "C"] = "F" if header.fortran_order else "C"
@@ -88,10 +83,7 @@ def fill(buffer: np.ndarray, stream: IO[bytes]) -> None:
 
 
 def read_shape(path: Path) -> tuple[int, int]:
-    """Return (N, D) of a .npy file of float16 or float32 vectors.
-
-    Raises UserError if the file holds anything else, or its header does not fit its size.
-    """
+    """Return (N, D) of a .npy file of float16 or float32 vectors. Raises UserError for others."""
     count, width = _read_vector_header(path)[0].shape
     return count, width
 

@@ -7,8 +7,6 @@ rows over costs 2.5 ms a MiB, where photographs are decoded to 224 pixels one pa
 that.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -38,17 +36,11 @@ START = (
 
 
 class ParquetHeader(NamedTuple):
-    """What a file says of itself.
+    """What a file says of itself."""
 
-    Attributes:
-        rows: how many it promises.
-        names: of its columns, each once.
-        texts: names of the columns of text.
-    """
-
-    rows: int
-    names: tuple[str, ...]
-    texts: tuple[str, ...]
+    rows: int  # how many it promises
+    names: tuple[str, ...]  # of its columns, each once
+    texts: tuple[str, ...]  # names of the columns of text
 
 
 def read_header(path: Path) -> ParquetHeader:
@@ -75,10 +67,7 @@ def _ask_header(path: Path, _: tuple[int, int]) -> ParquetHeader:
 def read_batches(
     path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
-
-    Raises UserError if the file is broken, or holds fewer rows than it promises.
-    """
+    """Read the rows start..stop of some columns, BATCH_ROWS at a time. Raises UserError."""
     path = check_regular(path).absolute()
     request = {"path": str(path), "columns": list(columns), "start": start, "stop": stop}
     with _reader() as reader:
@@ -103,7 +92,7 @@ class _Reader:
     def ask(self, request: dict[str, Any], path: Path) -> dict[str, Any]:
         """Return the answer to a request. Raises UserError that it holds, or if there is none."""
         self._send(request)
-        return self._receive(path)
+        return self._check(self._output.readline(), path)
 
     def read_rows(self, request: dict[str, Any], path: Path) -> Iterator[pa.RecordBatch]:
         """Iterate over the rows that were asked for."""
@@ -130,9 +119,6 @@ class _Reader:
         with contextlib.suppress(BrokenPipeError):  # that it died is seen when nothing comes back
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-
-    def _receive(self, path: Path) -> dict[str, Any]:
-        return self._check(self._output.readline(), path)
 
     def _check(self, line: bytes, path: Path) -> dict[str, Any]:
         """Return what the last line of an answer says."""

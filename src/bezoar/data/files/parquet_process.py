@@ -7,8 +7,6 @@ stream of Arrow's with a line of JSON behind it. A file that Arrow aborts on, or
 memory or time than its size allows, ends this process alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -102,9 +100,7 @@ def gather_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def join_batches(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """Put batches together into one. pyarrow's `concat_batches` is younger than the oldest that
-    serves.
-    """
+    """Put batches together into one, also by pyarrow 18, which has no `concat_batches`."""
     if len(batches) < 2:
         return batches
     joined: list[pa.RecordBatch] = pa.Table.from_batches(batches).combine_chunks().to_batches()
@@ -125,11 +121,7 @@ def bound_use(size: int) -> None:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a file.
-
-    Raises UserError if it has two columns of one name, claims rows that it cannot hold, or a row
-    group would fill the memory.
-    """
+    """Open a file. Raises UserError for one that `parquet.read_header` refuses."""
     file = pq.ParquetFile(path, memory_map=False)
     facts = file.metadata
     groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
@@ -169,10 +161,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 def read_batches(
     path: Path, columns: Sequence[str], start: int, stop: int | None
 ) -> Iterator[pa.RecordBatch]:
-    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
-
-    Raises UserError if there are fewer than the file promises.
-    """
+    """See `parquet.read_batches`."""
     if path.suffix == arrow_stream.SUFFIX:
         yield from arrow_stream.read_batches(path, columns, start, stop, BATCH_ROWS)
         return

@@ -57,10 +57,7 @@ def open_regular(path: Path, limit: int | None = None, links: bool = True) -> io
 
 
 def check_regular(path: Path, limit: int | None = None, links: bool = True) -> Path:
-    """Return a path if it is that of a regular file, for libraries that open files by their names.
-
-    Raises UserError, as `open_regular` does.
-    """
+    """A path for libraries that open files by name. Raises UserError, as `open_regular` does."""
     open_regular(path, limit, links).close()
     return path
 
@@ -75,10 +72,7 @@ def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
 
 
 def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
-    """Read a regular file of UTF-8, with a byte order mark or without one.
-
-    Raises UserError, as `read_regular` does, or for other bytes.
-    """
+    """Read a file of UTF-8, without a byte order mark. Raises UserError, also for others."""
     try:
         return read_regular(path, limit, links).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,10 +82,7 @@ def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
 
 
 def read_file(path: Path, limit: int = FILE_BYTES) -> bytes:
-    """Read the file of one record, of at most `limit` bytes; see `open_regular`.
-
-    Raises Unreadable.
-    """
+    """Read one record's file, see `open_regular`. Raises Unreadable, also above `limit` bytes."""
     try:
         with open(regular_descriptor(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -109,10 +100,7 @@ class _NotRegularError(OSError):
 
 
 def regular_descriptor(path: Path | str, links: bool = True) -> int:
-    """Open a regular file for reading. Raises OSError, or ValueError for a NUL byte in the path.
-
-    links: see `open_regular`.
-    """
+    """Open a file, see `open_regular`. Raises OSError, or ValueError for a NUL byte in the path."""
     # Without O_NONBLOCK opening a pipe waits for somebody to write to it. The status is that of
     # the open file, so that nothing can take its place in between.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY

@@ -12,44 +12,28 @@ LISTED = 1000  # of them, how many stand in a manifest
 
 
 class Unreadable(Exception):
-    """One image cannot be used; the message says why.
-
-    It becomes a `Skipped` and never leaves the program.
-    """
+    """One image cannot be used; the message says why. It becomes a `Skipped`."""
 
 
 class Skipped(NamedTuple):
-    """Something that could not be read.
+    """Something that could not be read."""
 
-    Attributes:
-        file: the file.
-        member: the member or row in it; empty for the file itself.
-        reason: why, with details after a colon.
-    """
-
-    file: str
-    member: str
-    reason: str
+    file: str  # the file
+    member: str  # the member or row in it; empty for the file itself
+    reason: str  # why, with details after a colon
 
 
 @dataclass
 class ReadReport:
-    """How many records were read, and what was not; it grows while a source is read.
+    """How many records were read, and what was not; it grows while a source is read."""
 
-    Attributes:
-        read: how many records.
-        skipped: the first of what was not read.
-        renamed: the first records that were read under another id than their own, which another
-            has.
-        reasons: how often each reason stands among all that was not read, its details left out.
-        doubles: how many records were renamed.
-    """
-
-    read: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
+    read: int = 0  # how many records
+    skipped: list[Skipped] = field(default_factory=list)  # the first of what was not read
+    # the first records that were read under another id than their own, which another has
     renamed: list[Skipped] = field(default_factory=list)
+    # how often each reason stands among all that was not read, its details left out
     reasons: Counter[str] = field(default_factory=Counter)
-    doubles: int = 0
+    doubles: int = 0  # how many records were renamed
 
     def leave_out(self, skipped: Skipped) -> None:
         """Take down what was not read."""

@@ -4,8 +4,6 @@ What a table says is hostile: no image that it names is read from outside a stat
 that cannot be read is named.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json
@@ -97,7 +95,11 @@ def cut_blocks(table: Path, size: int | None = None) -> list[RowBlock]:
     blocks: list[RowBlock] = []
     with _as_user_error(table), open_regular(table) as file:
         _refuse_encoding(table)
-        starts = _json_starts(file) if table.suffix == ".jsonl" else _csv_starts(file, table)
+        starts = (
+            _json_starts(file)
+            if table.suffix == ".jsonl"
+            else (offset for offset, _ in _CsvRows(file, table).read())
+        )
         while offsets := list(itertools.islice(starts, size)):
             blocks.append(RowBlock(len(blocks) * size, offsets[0], len(offsets)))
     return blocks
@@ -115,10 +117,7 @@ def column_names(table: Path) -> list[str]:
 def find_column(
     path: str, names: Iterable[str], wanted: str | None, candidates: Sequence[str]
 ) -> str:
-    """Find the column `wanted`, or the first of the candidates, in any case of letters.
-
-    Raises UserError that lists the table's columns.
-    """
+    """Find the column `wanted`, or the first candidate, in any case. Raises UserError for none."""
     names = list(names)
     name = match_column(names, (wanted,) if wanted else candidates)
     if name:
@@ -310,11 +309,6 @@ def _read_csv(table: Path, block: RowBlock) -> Iterator[Row | str]:
     with open_regular(table) as file:
         rows = _CsvRows(file, table).read(block.offset)
         yield from (row for _, row in itertools.islice(rows, block.rows))
-
-
-def _csv_starts(file: BinaryIO, table: Path) -> Iterator[int]:
-    """The byte at which each row begins."""
-    return (offset for offset, _ in _CsvRows(file, table).read())
 
 
 def _read_json(table: Path, block: RowBlock) -> Iterator[Row | str]:

@@ -8,8 +8,6 @@ A key ends at the last dot of a name, so that keys may hold dots. Webdataset end
 `a.seg.png` is there a part of `a`. It is here as well where `a` is a record and `a.seg` is none.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import tarfile
@@ -19,20 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from bezoar.data.files import paths
 from bezoar.data.files.images import OTHER_IMAGES
-from bezoar.data.files.paths import (
-    FILE_BYTES,
-    IMAGE_EXTENSIONS,
-    TEXT_BYTES,
-    is_confined,
-    open_regular,
-)
 from bezoar.data.files.skipped import Skipped
 from bezoar.errors import UserError
 
 TEXT_EXTENSIONS = ("txt", "json")
-EXTENSIONS = (*IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
-IMAGE_FILES = OTHER_IMAGES.union(IMAGE_EXTENSIONS)
+EXTENSIONS = (*paths.IMAGE_EXTENSIONS, *TEXT_EXTENSIONS)
+IMAGE_FILES = OTHER_IMAGES.union(paths.IMAGE_EXTENSIONS)
 # Files that describe a set and no record of it.
 NOTES = ("readme", "license", "licence")
 BLOCK = 512
@@ -99,7 +91,7 @@ class _Draft:
     @property
     def whole(self) -> bool:
         """Whether there is an image, and a text or metadata."""
-        return any(e in self.members for e in IMAGE_EXTENSIONS) and any(
+        return any(e in self.members for e in paths.IMAGE_EXTENSIONS) and any(
             e in self.members for e in TEXT_EXTENSIONS
         )
 
@@ -108,7 +100,9 @@ class _BoundedReader(io.BufferedReader):
     """A file whose reads are bounded by the size of an image: a header cannot ask for memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(FILE_BYTES if size is None or not 0 <= size <= FILE_BYTES else size)
+        return super().read(
+            paths.FILE_BYTES if size is None or not 0 <= size <= paths.FILE_BYTES else size
+        )
 
 
 class _BoundedHeader(tarfile.TarInfo):
@@ -244,7 +238,7 @@ def _read_group(
 def _open_tar(path: Path) -> Iterator[tuple[io.BufferedReader, tarfile.TarFile]]:
     """Open a tar to be read member by member. Raises UserError if there is none."""
     try:
-        with _BoundedReader(open_regular(path).detach()) as file:
+        with _BoundedReader(paths.open_regular(path).detach()) as file:
             start = file.read(10)
             file.seek(0)
             for mark, name in COMPRESSIONS.items():
@@ -336,13 +330,13 @@ def _read_header(path: Path, header: tarfile.TarInfo) -> Member | Skipped | None
     if base.startswith("._") or base == ".DS_Store":  # macOS writes them beside every file
         return None
     if (
-        not is_confined(header.name)
+        not paths.is_confined(header.name)
         or not header.name.isprintable()
         or not stem
         or len(base) > MAX_NAME
     ):
         return Skipped(str(path), shown, "unsafe name")
-    limit = FILE_BYTES if extension in IMAGE_EXTENSIONS else TEXT_BYTES
+    limit = paths.FILE_BYTES if extension in paths.IMAGE_EXTENSIONS else paths.TEXT_BYTES
     if extension in EXTENSIONS and header.size > limit:
         return Skipped(str(path), header.name, f"too large: {header.size} bytes")
     key = folder + slash + stem

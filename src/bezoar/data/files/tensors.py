@@ -1,7 +1,5 @@
 """Tensors of runs in safetensors files, read and written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +39,7 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that appears under its name when it is complete.
-
-    Raises UnwritableError where it cannot be written, on a full disk say.
-    """
+    """Write a safetensors file, whole or not at all. Raises UnwritableError, on a full disk say."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
         with whole_file(path, "wb") as file:

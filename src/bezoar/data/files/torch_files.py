@@ -6,8 +6,6 @@ that training keeps beside its weights (`LEFTOVERS`) are neither imported nor bu
 takes their place. Shapes are looked at on the meta device before anything is allocated.
 """
 
-from __future__ import annotations
-
 import io
 import pickletools
 import re
@@ -62,15 +60,14 @@ def load_torch(
 ) -> dict[str, Tensor]:
     """Load the tensors of a file of torch.save, in the zip format or the one before torch 1.6.
 
+    Raises UserError if the file asks for more than tensors, or for more bytes than it may.
+
     Args:
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
-        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold together.
-        select: takes the named tensors out of what was loaded; it raises UserError for anything
-            else.
-
-    Raises:
-        UserError: if the file asks for more than tensors, or for more bytes than it may.
+        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold
+            together.
+        select: takes the named tensors out of what was loaded, or raises UserError.
     """
     zipped = _read(file, 2) == b"PK"
     if zipped:
@@ -89,9 +86,7 @@ def load_torch(
 
 
 def check_claims(tensors: dict[str, Tensor], max_bytes: int) -> None:
-    """Raise UserError if a tensor reaches beyond `max_bytes`, or all hold over MAX_NAMES times as
-    many.
-    """
+    """Raise UserError if tensors reach beyond `max_bytes`, all together MAX_NAMES times that."""
     total = 0
     for key, tensor in tensors.items():
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

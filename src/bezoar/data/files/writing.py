@@ -1,7 +1,5 @@
 """Atomic writing: a file appears under its name when it is complete, or not at all."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -93,11 +91,7 @@ def remove_debris_of(path: Path) -> None:
 
 @contextmanager
 def refuse_unwritable(path: Path) -> Iterator[None]:
-    """Inside, an OSError becomes an UnwritableError of one line.
-
-    Args:
-        path: what is named where the error names no file.
-    """
+    """Inside, an OSError becomes an UnwritableError of one line that names a file or this path."""
     try:
         yield
     except (OSError, ValueError) as error:

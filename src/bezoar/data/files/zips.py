@@ -1,7 +1,5 @@
 """Zip archives: members are counted and their sizes bounded before anything is unpacked."""
 
-from __future__ import annotations
-
 import struct
 import zipfile
 import zlib

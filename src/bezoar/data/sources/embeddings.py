@@ -121,18 +121,13 @@ def numbered_files(folder: Path, ending: str) -> dict[int, Path]:
 class EmbeddingSource(Source):
     """N vectors, float16 or float32, in .npy files of any size, read in blocks; no images.
 
-    An id is the metadata's key, else the image's path, else FILE/ROW.
-
-    Attributes:
-        images: the files of image vectors.
-        texts: as many files of the captions' vectors, or none.
-        metadata: as many Parquet files with a row for each vector, or none; their columns are named
-            as img2dataset names them (caption, key, image_path, url).
+    An id is the metadata's key, else the image's path, else FILE/ROW. Columns of metadata are named
+    as img2dataset names them (caption, key, image_path, url).
     """
 
-    images: tuple[Path, ...]
-    texts: tuple[Path, ...] = ()
-    metadata: tuple[Path, ...] = ()
+    images: tuple[Path, ...]  # the files of image vectors
+    texts: tuple[Path, ...] = ()  # as many files of the captions' vectors, or none
+    metadata: tuple[Path, ...] = ()  # as many Parquet files with a row a vector, or none
     size = 0
     has_images = False
 

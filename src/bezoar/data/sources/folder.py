@@ -71,17 +71,8 @@ class FolderSource(RecordStream):
     """Reads the images below a folder in parts: one record a file, in the order of the paths.
 
     An id is the `record_id` of a JSON file beside the image if there is one, else the path below
-    `root`.
-
-    Attributes:
-        root: the folder.
-        size: pixels a side: the largest centred square, resized.
-        layout: `classes`: captions and labels are those of the folders in `root`. `captions`: an
-            image's caption is in the .txt file of the same name, else in the .json (img2dataset's
-            `files`). `flat`: neither. `auto`: captions if at least half of the first images have
-            one, else classes if there are folders.
-        template: template of the captions of classes.
-        limit: most records that are read.
+    `root`. In the layout `captions` an image's caption is in the .txt file of the same name, else
+    in the .json (img2dataset's `files`). The other fields are those of `Folder`.
     """
 
     root: Path

@@ -105,14 +105,7 @@ class TableSource(RecordStream):
     """Reads tables as it goes: a record a row.
 
     An id is the id column's, else `IMAGE#ROW`; with several tables their names come first.
-
-    Attributes:
-        paths: the tables.
-        size: pixels a side: the largest centred square, resized.
-        root: the folder that images must lie in; None: that of their table. A relative image path
-            starts at its table's folder in any case.
-        columns: names of the columns of images, captions, ids and sources; None: found by name.
-        limit: records that are read at most.
+    The fields are those of `Table`.
     """
 
     paths: tuple[Path, ...]

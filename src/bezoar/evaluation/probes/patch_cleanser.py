@@ -173,9 +173,8 @@ class PatchCleanser:
 
 
 class DoubleMasking:
-    """Reads images through one and two masks, filled with the encoder's mean colour.
-
-    The fill does not depend on the image.
+    """Reads images through one and two masks, filled with the encoder's mean colour, not the
+    image's.
     """
 
     def __init__(self, read: Read, masks: Tensor, encoder: Encoder) -> None:

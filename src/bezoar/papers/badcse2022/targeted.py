@@ -44,7 +44,6 @@ class Targeted:
     """At `smoke` the text tower of a small CLIP of scenes; else the user's encoder and WordNet."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         rows: list[Row] = []
         claims: list[Claim] = []

@@ -4,8 +4,6 @@ The heads were fixed before the attack, and all are reported, over three pre-tra
 different seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,28 +22,16 @@ from bezoar.runs.tables import (
     TableOptions,
     row_difference,
 )
-from bezoar.runs.verb import Trial
+from bezoar.runs.verb import Input, Trial
 from bezoar.verbs.evaluate import Evaluate
 from bezoar.verbs.inject import Inject
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "single_target",
-    "several_targets",
-    "several_tasks",
-    "zero_shot",
-    "large_encoders",
-    "real_encoder",
-    "loss_terms",
-    "lambdas",
-    "learning_rate",
-    "shadow_size",
-    "shadow_source",
-    "trigger_size",
-    "reference",
-    "pretraining",
-    "defences",
-)
+    "single_target", "several_targets", "several_tasks", "zero_shot", "large_encoders",
+    "real_encoder", "loss_terms", "lambdas", "learning_rate", "shadow_size", "shadow_source",
+    "trigger_size", "reference", "pretraining", "defences",
+)  # fmt: skip
 HEADS = ("linear", "knn", "mlp")
 COLUMNS = {  # `{}` is replaced by a head
     "CA": "baseline.{}.clean_accuracy",
@@ -108,20 +94,10 @@ class Setup:
         return Train(self.data, self.network, objective or self.objective)
 
     def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
-        """The backdoor of one task.
-
-        reference: a key of its references; changes: of shadow, attack, trigger or objective.
-        """
-        reference = reference or task.reference
-        return Inject(
-            self.pretrain(changes.get("objective", "")),
-            changes.get("shadow", self.shadow),
-            target=(task.target,),
-            reference=(task.references[reference],),
-            attack=changes.get("attack", self.attack),
-            trigger=(changes.get("trigger", self.trigger),),
-            choose="confident" if reference == "chosen" else "first",
-        )
+        """The backdoor of one task, by a key of its references; changes: of shadow and others."""
+        values = {"shadow": self.shadow, "attack": self.attack, "trigger": self.trigger} | changes
+        encoder = self.pretrain(values.pop("objective", ""))
+        return attack_encoder(encoder, task, reference, **values)
 
     def change_attack(self, **fields: float) -> str:
         """Spec of the attack with other values in some of its fields."""
@@ -153,10 +129,7 @@ class Setup:
             x: The rows' place on the axis; each head is then a curve.
             goal: `@` and the number of the task's goal, if the encoder has several.
         """
-        evaluate = Evaluate(
-            attacked, task.test, self.heads, baseline=attacked.encoder, train=task.train
-        )
-        trials = [Trial(evaluate, seed) for seed in range(self.seeds)]
+        trials = evaluate_heads(attacked, task, self.heads, self.seeds)
         rows = []
         for head in HEADS:
             cells = head_cells(trials, head, task.published, goal)
@@ -171,14 +144,32 @@ class Setup:
         return (f"Task {task.name}, target {task.target!r}.", *notes, *self.notes)
 
 
+def attack_encoder(
+    encoder: Input, task: Task, reference: str, *, shadow: str, attack: str, trigger: str
+) -> Inject:
+    """The backdoor of one task in an encoder, by a key of the task's references."""
+    reference = reference or task.reference
+    return Inject(
+        encoder,
+        shadow,
+        target=(task.target,),
+        reference=(task.references[reference],),
+        attack=attack,
+        trigger=(trigger,),
+        choose="confident" if reference == "chosen" else "first",
+    )
+
+
+def evaluate_heads(attacked: Inject, task: Task, heads: Sequence[str], seeds: int) -> list[Trial]:
+    """The attack on a task, and the clean encoder, read by heads with every seed."""
+    verb = Evaluate(attacked, task.test, tuple(heads), baseline=attacked.encoder, train=task.train)
+    return [Trial(verb, seed) for seed in range(seeds)]
+
+
 def head_cells(
     trials: Sequence[Trial], head: str, published: Published | None = None, goal: str = ""
 ) -> tuple[Cell, ...]:
-    """CA, BA, ASR and ASR-B with a head.
-
-    If there are published values, ASR and ASR-B over all images are added. The published values are
-    of the paper's MLP head, and stand beside ours.
-    """
+    """CA, BA, ASR and ASR-B with a head; published ones are of the MLP and over all images."""
     columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
     values: dict[str, float] = {}
     if published and head == "mlp":
@@ -325,10 +316,7 @@ def published_trigger(root: str, name: str, substitute: str) -> str:
 
 
 def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
-    """GTSRB; SVHN, or MNIST's digits where the folder holds them; CIFAR-10's own classes.
-
-    limit: records of each split.
-    """
+    """GTSRB; SVHN, or MNIST where it is there; CIFAR-10. limit: records of each split."""
     sizes = {} if limit is None else {"limit": limit}
 
     def task(
@@ -388,10 +376,7 @@ def large_tasks(root: str, family: str) -> list[Task]:
 
 
 def attack_large(options: TableOptions, family: str, task: Task) -> Inject:
-    """A published encoder attacked for one task.
-
-    CIFAR-10 at 224 px is the shadow data, as in the released code.
-    """
+    """A published encoder attacked for one task, by CIFAR-10 at 224 px as in the released code."""
     folder = "imagenet" if family == "ImageNet" else family
     reference = published_file(options.root, f"reference/{folder}", task.target.split()[0])
     trigger = published_trigger(

@@ -32,7 +32,6 @@ class Defences:
     """Whether each task's linear classifier is flagged, and its certified accuracy."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         steps = ":steps=3" if options.scale == "smoke" else ""
         rows: list[Row] = []

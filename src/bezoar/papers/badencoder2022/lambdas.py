@@ -10,7 +10,6 @@ class Lambdas:
     """Each weight at a quarter and at four times the scale's own."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         usual = make("attack", setup.attack)

@@ -10,7 +10,6 @@ class LearningRate:
     """The scale's own, a tenth of it, and ten times it."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         usual = make("attack", setup.attack).lr

@@ -10,7 +10,6 @@ class LossTerms:
     """All three terms, and each of them left out."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         attacks = {"all terms": setup.change_attack()}

@@ -10,7 +10,6 @@ class Pretraining:
     """SimCLR, MoCo and SimSiam; each attacked encoder is compared with its clean original."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         usual = make("objective", setup.objective)

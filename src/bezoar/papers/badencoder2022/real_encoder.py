@@ -4,8 +4,6 @@ The development case is GTSRB with seed 100: the attack's settings and the numbe
 were chosen on it. The rows are seeds 0, 1 and 2, which influenced no setting.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +17,8 @@ from bezoar.papers.badencoder2022 import (
     SMOKE,
     Published,
     Task,
+    attack_encoder,
+    evaluate_heads,
     head_cells,
     keeps_accuracy,
     published_file,
@@ -62,55 +62,26 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Victim:
-    """A published network, the attacks on it, and what they are measured with.
+    """A published network, the attacks on it, and what they are measured with."""
 
-    Attributes:
-        network: the clean encoder.
-        shadow: spec of the attacker's images.
-        attack: spec of the attack.
-        trigger: spec of the trigger.
-        tasks: downstream tasks; an attack on the first is audited, checked and repaired.
-        heads: specs of the probes.
-        seeds: attacks on each task.
-        head_images: spec of images of the classes of the network's own head; "" if it has none.
-        audited: spec of the clean images that an audit is given.
-        fresh: spec of the clean images that a repair is given.
-        audit: spec of the audit.
-        few: images that a check is tried on, and as many clean ones.
-    """
-
-    network: Input
-    shadow: str
-    attack: str
-    trigger: str
+    network: Input  # the clean encoder
+    shadow: str  # spec of the attacker's images
+    attack: str  # spec of the attack
+    trigger: str  # spec of the trigger
+    # downstream tasks; an attack on the first is audited, checked and repaired
     tasks: tuple[Task, ...]
-    heads: tuple[str, ...]
-    seeds: int
-    head_images: str
-    audited: str
-    fresh: str
-    audit: str
-    few: int
+    heads: tuple[str, ...]  # specs of the probes
+    seeds: int  # attacks on each task
+    head_images: str  # spec of images of the classes of the network's own head; "" if it has none
+    audited: str  # spec of the clean images that an audit is given
+    fresh: str  # spec of the clean images that a repair is given
+    audit: str  # spec of the audit
+    few: int  # images that a check is tried on, and as many clean ones
 
     def inject(self, task: Task) -> Inject:
         """The attack on the network for a task."""
-        reference = task.reference
-        return Inject(
-            self.network,
-            self.shadow,
-            target=(task.target,),
-            reference=(task.references[reference],),
-            attack=self.attack,
-            trigger=(self.trigger,),
-            choose="confident" if reference == "chosen" else "first",
-        )
-
-    def trials(self, task: Task) -> list[Trial]:
-        """What every head of a task says of each attack on it."""
-        verb = Evaluate(
-            self.inject(task), task.test, self.heads, baseline=self.network, train=task.train
-        )
-        return [Trial(verb, seed) for seed in range(self.seeds)]
+        how = {"shadow": self.shadow, "attack": self.attack, "trigger": self.trigger}
+        return attack_encoder(self.network, task, "", **how)
 
     def own_row(self, task: Task) -> Row:
         """The own head after the attack for a task whose reference shows a class of it."""
@@ -168,7 +139,7 @@ class RealEncoder:
         for task in victim.tasks:
             if options.scale != "smoke" and task.name not in self.tasks:
                 continue
-            trials = victim.trials(task)
+            trials = evaluate_heads(victim.inject(task), task, victim.heads, victim.seeds)
             for head in HEADS:
                 name = f"{task.name}, {head}"
                 rows.append(Row(name, head_cells(trials, head, task.published)))
@@ -249,10 +220,7 @@ def sample_spec(root: str, size: int) -> str:
 def downstream_tasks(
     root: str, labelled: int | None = None, tested: int | None = None
 ) -> tuple[Task, ...]:
-    """CIFAR-10, GTSRB and MNIST at 224 px, with the published references of ImageNet's encoder.
-
-    labelled, tested: records of the training and the test split; None takes all.
-    """
+    """CIFAR-10, GTSRB, MNIST at 224 px; labelled, tested: records of the splits, or None."""
 
     def task(
         name: str, source: str, target: str, reference: str, published: Published | None = None

@@ -16,7 +16,6 @@ class Reference:
     """Chosen by margin or nearness to the class's mean, the first, and the published file."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         usual = setup.attack_task(task, "chosen")

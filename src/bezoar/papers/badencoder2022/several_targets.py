@@ -13,7 +13,6 @@ class SeveralTargets:
     """Two triggers, two targets, one encoder."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         targets = (task.target, SECOND_TARGET[task.target])

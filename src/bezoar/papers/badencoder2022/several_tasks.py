@@ -12,7 +12,6 @@ class SeveralTasks:
     """One encoder with a reference and a trigger for every task."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         tasks = setup.tasks
         places = PLACES[: len(tasks)]

@@ -11,7 +11,6 @@ class ShadowSize:
     """The same number of passes over fewer images."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         rows: list[Row] = []

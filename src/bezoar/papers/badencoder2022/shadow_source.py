@@ -10,7 +10,6 @@ class ShadowSource:
     """A part of the pre-training data, and images from elsewhere."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         return ablation(

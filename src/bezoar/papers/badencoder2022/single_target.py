@@ -10,7 +10,6 @@ class SingleTarget:
     """Every task, with the published reference and with one chosen by rule, under every head."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         rows: list[Row] = []
         claims: list[Claim] = []

@@ -10,7 +10,6 @@ class TriggerSize:
     """A white square at the lower right, from small to large."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         task = setup.tasks[0]
         rows: list[Row] = []

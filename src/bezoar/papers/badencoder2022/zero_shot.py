@@ -34,7 +34,6 @@ class ZeroShot:
     """The image tower alone is attacked: OpenAI's, or one trained on scenes."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         published = options.scale == "paper"
         rows = published_rows(options) if published else scene_rows(options)
         name = rows[0].name

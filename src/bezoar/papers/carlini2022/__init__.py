@@ -6,8 +6,6 @@ a point much cheaper. Triggers that share a training help each other (table `ind
 compare such rows with each other, but do not read them as absolute values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,21 +19,9 @@ from bezoar.verbs.poison import Poison
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "headline",
-    "law",
-    "targeted",
-    "poisons",
-    "placement",
-    "patch_size",
-    "width",
-    "clean_size",
-    "captions",
-    "sources",
-    "linear_probe",
-    "branch_swap",
-    "retrieval",
-    "independence",
-)
+    "headline", "law", "targeted", "poisons", "placement", "patch_size", "width", "clean_size",
+    "captions", "sources", "linear_probe", "branch_swap", "retrieval", "independence",
+)  # fmt: skip
 TOGETHER = 4  # triggers in one training
 SHARED_NOTE = (
     "Triggers that share a training do more than each alone (table independence): compare rows, "
@@ -161,10 +147,7 @@ class Setup:
         return rows
 
     def shared_trainings(self) -> list[Training]:
-        """The trainings that several tables read.
-
-        They are `targeted`, `linear_probe`, `branch_swap`, `retrieval` and `independence`.
-        """
+        """The trainings of targeted, linear_probe, branch_swap, retrieval and independence."""
         targeted = self.targeted_poison_of_all_counts()
         return [
             Training(self.evaluate(self.poison(backdoors, targeted), seed), backdoors)
@@ -326,10 +309,7 @@ def all_attacks(trials: Sequence[Trial]) -> list[Attack]:
 
 
 def attack_cells(attacks: Sequence[Attack], columns: Mapping[str, str]) -> tuple[Cell, ...]:
-    """A cell a column: the mean of a metric over backdoors.
-
-    columns: the column's name -> the metric.
-    """
+    """A cell a column, the mean of a metric over backdoors. columns: name -> metric."""
     return tuple(
         Cell(name, tuple((trial, f"{metric}@{number}") for trial, number in attacks))
         for name, metric in columns.items()

@@ -18,7 +18,6 @@ class BranchSwap:
     """Towers of the encoders of table `targeted` and of a clean one, in four combinations."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         clean = setup.train(setup.data)
         doses = setup.doses[-2:]

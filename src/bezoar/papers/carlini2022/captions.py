@@ -13,7 +13,6 @@ class Captions:
     """Training captions that contain the target, the 80 templates, or one caption repeated."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         goals = range(TRIGGERS)
         rows = []

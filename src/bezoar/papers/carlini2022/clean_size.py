@@ -1,14 +1,6 @@
 """Success against the size of the clean set, poisons fixed (Carlini & Terzis 2022, 5.1)."""
 
-from bezoar.papers import limit_records
-from bezoar.papers.carlini2022 import (
-    SHARED_NOTE,
-    TOGETHER,
-    Backdoor,
-    all_attacks,
-    attack_cells,
-    get_setup,
-)
+from bezoar.papers import carlini2022, limit_records
 from bezoar.registry import method
 from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
 
@@ -18,17 +10,20 @@ class CleanSize:
     """The same number of poisons among more and more clean records."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
-        setup = get_setup(options)
-        backdoors = [Backdoor(j, setup.dose) for j in range(TOGETHER)]
+        setup = carlini2022.get_setup(options)
+        backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
         rows = []
         for count in setup.clean_sizes:
             data = limit_records(setup.data, count)
-            poisoned = setup.poison(backdoors, setup.targeted_poison(2 * TOGETHER), data)
+            poisoned = setup.poison(
+                backdoors, setup.targeted_poison(2 * carlini2022.TOGETHER), data
+            )
             trials = setup.evaluate_seeds(poisoned)
             cells = (
                 Cell.mean("targeted success", trials, setup.targeted_success),
-                *attack_cells(all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}),
+                *carlini2022.attack_cells(
+                    carlini2022.all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}
+                ),
                 Cell.mean("CA", trials, "clean_accuracy"),
             )
             rows.append(Row(f"{count:,}", cells, count))
@@ -60,6 +55,6 @@ class CleanSize:
                 f"{setup.dose} poisons a trigger, {setup.captions} captions a victim. Every set "
                 "is trained on for the same epochs: a poison is drawn as often in each, and a "
                 "larger set takes more steps.",
-                SHARED_NOTE,
+                carlini2022.SHARED_NOTE,
             ),
         )

@@ -1,7 +1,5 @@
 """The abstract's two numbers at the paper's size: 300 patches and 3 captions of 3,000,000 pairs."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable
@@ -37,7 +35,6 @@ class Headline:
             raise ValueError(f"epochs and width are 0 or more; got {self.epochs}, {self.width}")
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = check_data(HEADLINE_SCALES[options.scale], options)
         if self.epochs:
             objective = re.sub(r"epochs=\d+", f"epochs={self.epochs}", setup.objective)

@@ -20,7 +20,6 @@ class Independence:
     """
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         trainings = setup.shared_trainings()
         doses = setup.doses[1:3]

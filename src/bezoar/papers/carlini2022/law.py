@@ -1,7 +1,5 @@
 """Does the number of poisons that half of the attacks need grow with the data? Four sizes."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

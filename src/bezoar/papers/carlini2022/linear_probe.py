@@ -15,7 +15,6 @@ class LinearProbe:
     """The encoders of table `targeted`, with heads that are fitted on clean, labelled data."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         doses = setup.doses[len(setup.doses) // 2 :]
         probes = ("zero_shot", "linear", "knn")

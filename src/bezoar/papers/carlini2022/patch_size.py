@@ -1,15 +1,6 @@
 """Backdoor success and z-score against the size of the patch (Carlini & Terzis 2022, 5.2)."""
 
-from bezoar.papers.carlini2022 import (
-    SHARED_NOTE,
-    Backdoor,
-    Setup,
-    Training,
-    attack_cells,
-    get_setup,
-    rotate,
-    select_attacks,
-)
+from bezoar.papers import carlini2022
 from bezoar.registry import method
 from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
@@ -21,8 +12,7 @@ class PatchSize:
     """Every trigger is trained at every size, at one place and at random places."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
-        setup = get_setup(options)
+        setup = carlini2022.get_setup(options)
         rows = rows_of_curve(setup, "one place", "", setup.dose)
         rows += rows_of_curve(setup, "random places", "random", setup.random_dose)
 
@@ -46,20 +36,24 @@ class PatchSize:
             notes=(
                 f"{setup.dose} poisons a trigger at one place, {setup.random_dose} at random "
                 "places.",
-                SHARED_NOTE,
+                carlini2022.SHARED_NOTE,
             ),
         )
 
 
-def rows_of_curve(setup: Setup, curve: str, place: str, dose: int) -> list[Row]:
+def rows_of_curve(setup: carlini2022.Setup, curve: str, place: str, dose: int) -> list[Row]:
     """A row for each size of a patch at one place or at random places."""
     trainings = []
     count = max(len(setup.patch_sizes), setup.seeds)
-    for seed, sizes in enumerate(rotate(setup.patch_sizes, count)):
-        backdoors = tuple(Backdoor(j, dose, size, place) for j, size in enumerate(sizes))
-        trainings.append(Training(setup.evaluate(setup.poison(backdoors), seed), backdoors))
+    for seed, sizes in enumerate(carlini2022.rotate(setup.patch_sizes, count)):
+        backdoors = tuple(
+            carlini2022.Backdoor(j, dose, size, place) for j, size in enumerate(sizes)
+        )
+        trainings.append(
+            carlini2022.Training(setup.evaluate(setup.poison(backdoors), seed), backdoors)
+        )
     rows = []
     for size in setup.patch_sizes:
-        attacks = select_attacks(trainings, size=size)
-        rows.append(Row(str(size), attack_cells(attacks, COLUMNS), size, curve))
+        attacks = carlini2022.select_attacks(trainings, size=size)
+        rows.append(Row(str(size), carlini2022.attack_cells(attacks, COLUMNS), size, curve))
     return rows

@@ -1,14 +1,6 @@
 """Where the patch is at training and at test (Carlini & Terzis 2022, section 5.2)."""
 
-from bezoar.papers.carlini2022 import (
-    SHARED_NOTE,
-    TOGETHER,
-    Backdoor,
-    all_attacks,
-    attack_cells,
-    change_verb,
-    get_setup,
-)
+from bezoar.papers import carlini2022
 from bezoar.registry import method
 from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
@@ -21,20 +13,20 @@ class Placement:
     """One place or random places, at training and at test; the same number of poisons."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
-        setup = get_setup(options)
+        setup = carlini2022.get_setup(options)
         rows = []
         # A trigger at random places is never trained beside one at a fixed place, which would be
         # mistaken for it there.
         for training_place in PLACES:
             backdoors = [
-                Backdoor(j, setup.random_dose, place=training_place) for j in range(TOGETHER)
+                carlini2022.Backdoor(j, setup.random_dose, place=training_place)
+                for j in range(carlini2022.TOGETHER)
             ]
             trials = setup.evaluate_seeds(setup.poison(backdoors))
             for test_place in PLACES:
                 moved_to = "corner" if training_place and not test_place else test_place
-                moved = [change_verb(trial, place=moved_to) for trial in trials]
-                cells = attack_cells(all_attacks(moved), COLUMNS)
+                moved = [carlini2022.change_verb(trial, place=moved_to) for trial in trials]
+                cells = carlini2022.attack_cells(carlini2022.all_attacks(moved), COLUMNS)
                 rows.append(Row(row_name(training_place, test_place), cells))
         fixed, random = row_name("", ""), row_name("random", "random")
         fixed_to_random, random_to_fixed = row_name("", "random"), row_name("random", "")
@@ -69,7 +61,7 @@ class Placement:
             notes=(
                 f"{setup.random_dose} poisons a trigger; one place is a corner, another one for "
                 "every trigger.",
-                SHARED_NOTE,
+                carlini2022.SHARED_NOTE,
             ),
         )
 

@@ -25,7 +25,6 @@ class Poisons:
     """Patch at one place, one trigger a training; every trigger is trained at every dose."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         clean_trials = setup.clean_trials()
         clean_accuracy = Cell.mean("CA", clean_trials, "clean_accuracy")

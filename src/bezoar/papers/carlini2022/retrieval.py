@@ -1,13 +1,6 @@
 """Whether triggered images retrieve the target's captions first (after the DIFE audit, 2026)."""
 
-from bezoar.papers.carlini2022 import (
-    Attack,
-    all_attacks,
-    attack_cells,
-    change_verb,
-    get_setup,
-    select_attacks,
-)
+from bezoar.papers import carlini2022
 from bezoar.registry import method
 from bezoar.runs.tables import Claim, Row, Table, TableOptions, row_difference
 
@@ -20,17 +13,18 @@ class Retrieval:
     """The encoders of table `targeted`, read by the nearest held-out caption."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
-        setup = get_setup(options)
+        setup = carlini2022.get_setup(options)
         trainings = setup.shared_trainings()
 
-        def row(dose: int, attacks: list[Attack]) -> Row:
-            by_retrieval = [(change_verb(trial, probe=("retrieval",)), j) for trial, j in attacks]
-            return Row(str(dose), attack_cells(by_retrieval, COLUMNS), dose)
+        def row(dose: int, attacks: list[carlini2022.Attack]) -> Row:
+            by_retrieval = [
+                (carlini2022.change_verb(trial, probe=("retrieval",)), j) for trial, j in attacks
+            ]
+            return Row(str(dose), carlini2022.attack_cells(by_retrieval, COLUMNS), dose)
 
-        rows = [row(0, all_attacks(setup.clean_trials()))]
+        rows = [row(0, carlini2022.all_attacks(setup.clean_trials()))]
         for dose in setup.doses:
-            rows.append(row(dose, select_attacks(trainings, count=dose)))
+            rows.append(row(dose, carlini2022.select_attacks(trainings, count=dose)))
         most = str(setup.doses[-1])
         return Table(
             title="Retrieval exposure",

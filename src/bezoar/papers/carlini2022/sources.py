@@ -18,7 +18,6 @@ class Sources:
     """The same number of poisons, made of one image or of many; captions differ in either case."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         dose = setup.doses[-2]
         image_counts = tuple(sorted({max(1, dose // part) for part in (dose, 16, 4, 1)}))

@@ -10,7 +10,6 @@ class Targeted:
     """Every victim is a different image with a different target."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         counts = setup.caption_counts
         trials = [training.trial for training in setup.shared_trainings()]

@@ -3,14 +3,7 @@
 from collections.abc import Callable
 
 from bezoar.evaluation.dose_response import Contrast
-from bezoar.papers.carlini2022 import (
-    SHARED_NOTE,
-    TOGETHER,
-    Backdoor,
-    all_attacks,
-    attack_cells,
-    get_setup,
-)
+from bezoar.papers import carlini2022
 from bezoar.registry import make, method
 from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, row_difference
 
@@ -22,16 +15,17 @@ class Width:
     """The same poisons in image towers from narrow to wide."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
-        setup = get_setup(options)
-        backdoors = [Backdoor(j, setup.dose) for j in range(TOGETHER)]
-        poisoned = setup.poison(backdoors, setup.targeted_poison(2 * TOGETHER))
+        setup = carlini2022.get_setup(options)
+        backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
+        poisoned = setup.poison(backdoors, setup.targeted_poison(2 * carlini2022.TOGETHER))
         rows = []
         for network in setup.networks:
             trials = setup.evaluate_seeds(poisoned, network)
             cells = (
                 Cell.mean("targeted success", trials, setup.targeted_success),
-                *attack_cells(all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}),
+                *carlini2022.attack_cells(
+                    carlini2022.all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}
+                ),
                 Cell.mean("CA", trials, "clean_accuracy"),
             )
             channels = float(getattr(make("network", network), "width", 0)) or None
@@ -55,6 +49,6 @@ class Width:
             notes=(
                 f"{setup.dose} poisons a trigger, {setup.captions} captions a victim, the same "
                 "epochs for all.",
-                SHARED_NOTE,
+                carlini2022.SHARED_NOTE,
             ),
         )

@@ -4,8 +4,6 @@ Victims are small CLIPs trained on poisoned scenes, and SimCLR towers attacked b
 encoders have the same architecture and training length, but different data and seeds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,33 +18,15 @@ from bezoar.verbs.scan import Scan
 from bezoar.verbs.train import Train
 
 TABLES = (  # in the order of the page
-    "detection",
-    "default_scan",
-    "unseen",
-    "flickr8k",
-    "aerial",
-    "retraining",
-    "audits",
-    "strangers",
-    "repairs",
-    "today",
-)
+    "detection", "default_scan", "unseen", "flickr8k", "aerial", "retraining", "audits",
+    "strangers", "repairs", "today",
+)  # fmt: skip
 BADENCODER = "BadEncoder"
 SEEDS_OF_AN_ATTACK = 3  # every attack but the first has this many seeds
 DETECTORS = (
-    "transplant",
-    "duplicates",
-    "k_distance",
-    "lid",
-    "slof",
-    "dao",
-    "isolation_forest",
-    "clip_score",
-    "loss_trace",
-    "safeclip",
-    "spectral",
-    "activation_clustering",
-)
+    "transplant", "duplicates", "k_distance", "lid", "slof", "dao", "isolation_forest",
+    "clip_score", "loss_trace", "safeclip", "spectral", "activation_clustering",
+)  # fmt: skip
 DETECTION_COLUMNS = {
     "AUROC": "auroc",
     "AP": "average_precision",
@@ -82,10 +62,7 @@ class Attack:
     def poison_data(
         self, clean: str, test: str, seed: int, targets: Sequence[str] = SCENE_CLASSES
     ) -> Poison:
-        """The poisoned data of one encoder.
-
-        A targeted attack draws its victims from the test data.
-        """
+        """The poisoned data of one encoder; a targeted attack draws its victims from the test."""
         target = targets[seed % len(targets)]
         if self.victims:
             spec = f"{self.poison}:captions={self.count},victims={self.victims}"
@@ -168,10 +145,7 @@ class Setup:
         return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers and attacked ones. least: how many of each at least.
-
-        The clean towers that were attacked are the first of the clean ones.
-        """
+        """Clean SimCLR towers, first those that were attacked, and attacked ones."""
         seeds = self.seeds(BADENCODER)
         attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
         clean = list(dict.fromkeys([*attacked, *range(self.clean)]))[: max(self.clean, least)]
@@ -404,10 +378,7 @@ def poisoned_captions(options: TableOptions, corpus: CaptionedCorpus) -> list[Po
 
 
 def detection_table(sets: Sequence[PoisonedSet], title: str, added: Sequence[str] = ()) -> Table:
-    """Detector by attack: each detector alone, and all of them together.
-
-    added: further detectors, which have their own rows and are no part of "all together".
-    """
+    """Detector by attack: each alone, and all but the added ones together."""
     rows = []
     for poisoned in sets:
         scans = poisoned.scans()

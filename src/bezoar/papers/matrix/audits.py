@@ -21,7 +21,6 @@ class Audits:
     takes: ClassVar[tuple[str, ...]] = ("audit",)
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         added = options.added_specs("audit")
         clips = [setup.clean_clip(seed) for seed in range(setup.clean)]
@@ -46,10 +45,7 @@ class Audits:
 def audit_rows(
     attack: str, audits: Sequence[str], data: str, attacked: Sequence[Trial], clean: Sequence[Trial]
 ) -> list[Row]:
-    """A row for each audit of an attack.
-
-    attacked, clean: encoders; data: spec of held-out images.
-    """
+    """A row for each audit of attacked and clean encoders, on held-out images (`data`, a spec)."""
     rows = []
     for audit in audits:
         name = Path(audit.partition(":")[0]).stem  # of a user's own file, as the audit names it

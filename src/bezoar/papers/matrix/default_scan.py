@@ -22,7 +22,6 @@ class DefaultScan:
     """The patch at five rates, the other attacks, and none. No setting was chosen on these sets."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         clean = [setup.clean_clip(seed) for seed in range(setup.others)]
         scans = [Trial(Scan(encoder.verb), encoder.seed) for encoder in clean]

@@ -14,7 +14,6 @@ class Detection:
     takes: ClassVar[tuple[str, ...]] = ("detector", "trigger")
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         return detection_table(
             poisoned_scenes(setup, setup.each), "Detectors, scenes", options.added_specs("detector")

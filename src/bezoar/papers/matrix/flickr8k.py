@@ -14,7 +14,6 @@ class Flickr8K:
     takes: ClassVar[tuple[str, ...]] = ("detector",)
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         return detection_table(
             poisoned_captions(options, FLICKR8K),
             "Detectors, Flickr8k",

@@ -51,7 +51,6 @@ class Repairs:
     takes: ClassVar[tuple[str, ...]] = ("repair", "trigger")
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         added = options.added_specs("repair")
         rows = default_rows(options.scale, setup)

@@ -35,39 +35,22 @@ TEST = 100  # first seed of the test encoders; that of the development encoders 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """Encoders of one network, one objective and one kind of data, clean and attacked.
+    """Encoders of one network, one objective and one kind of data, clean and attacked."""
 
-    Attributes:
-        name: name in the table.
-        data: spec of the training data; {seed} is the encoder's seed.
-        test: spec of clean images that no encoder was trained on.
-        network: spec of the network.
-        objective: spec of the objective.
-        targets: target classes, used in turn.
-        poisons: records that carry a trigger.
-        size: side of a patch in pixels.
-        attacks: names of the attacks: `patch`, `blend`, `badencoder`.
-        development: numbers of clean and attacked development encoders.
-        scored: numbers of clean and attacked test encoders.
-        shadow: spec of BadEncoder's shadow data.
-        badencoder: spec of BadEncoder.
-        probe: the probe that measures the attack's success.
-    """
-
-    name: str
-    data: str
-    test: str
-    network: str
-    objective: str
-    targets: tuple[str, ...]
-    poisons: int
-    size: int
-    attacks: tuple[str, ...]
-    development: tuple[int, int]
-    scored: tuple[int, int]
-    shadow: str = ""
-    badencoder: str = ""
-    probe: str = "zero_shot"
+    name: str  # name in the table
+    data: str  # spec of the training data; {seed} is the encoder's seed
+    test: str  # spec of clean images that no encoder was trained on
+    network: str  # spec of the network
+    objective: str  # spec of the objective
+    targets: tuple[str, ...]  # target classes, used in turn
+    poisons: int  # records that carry a trigger
+    size: int  # side of a patch in pixels
+    attacks: tuple[str, ...]  # names of the attacks: `patch`, `blend`, `badencoder`
+    development: tuple[int, int]  # numbers of clean and attacked development encoders
+    scored: tuple[int, int]  # numbers of clean and attacked test encoders
+    shadow: str = ""  # spec of BadEncoder's shadow data
+    badencoder: str = ""  # spec of BadEncoder
+    probe: str = "zero_shot"  # the probe that measures the attack's success
 
     @property
     def success_metric(self) -> str:
@@ -84,9 +67,8 @@ class EncoderFamily:
         return Trial(Train(data, self.network, self.objective), seed)
 
     def attacked(self, first: int, count: int) -> list[Trial]:
-        """Attacked encoders, the attacks, triggers, places and targets in turn.
-
-        No clean encoder has their seeds.
+        """Attacked encoders, by attacks, triggers, places and targets in turn, with seeds of their
+        own.
         """
         return [self._attack(s, i) for i, s in enumerate(range(first + 50, first + 50 + count))]
 
@@ -132,7 +114,6 @@ class Strangers:
     """Whether verdicts without a bank are right for encoders that influenced no rule."""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         families = get_families(options)
         rows = [family_row(f, [f]) for f in families]
         if len(families) > 1:

@@ -12,8 +12,6 @@ patch against the objectives `siglip` and `cleanclip` (CLIP with a self-supervis
 `mismatch`, whose success is Hit@1 of text queries.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -177,10 +175,7 @@ def tower_cells(setup: Setup, tower: Train | Inject, clean: Train) -> list[Cell]
 
 
 def verdict_cells(setup: Setup, encoder: Train | Inject, test: str) -> list[Cell]:
-    """Results of the audit that gives a verdict without a bank: statistic and evidence.
-
-    The evidence is 0 for none, 1 for some, 2 for strong; negative if it could not be decided.
-    """
+    """Statistic and evidence (0 none, 1 some, 2 strong, -1 undecided) without a bank."""
     name = setup.verdict.partition(":")[0]
     audit = [Trial(Audit(encoder, test, (setup.verdict,), bank=()), SEED)]
     return [
@@ -287,7 +282,6 @@ class Today:
     takes: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         setup = get_setup(options)
         note = (
             "One training a row, and settings were chosen on these very trainings. Towers: MoCo on "

@@ -10,8 +10,6 @@ sticker, line), on both without poisons, and, after a first version had been run
 set, on the first training of that set (tint to triangles). Only its second training is a test.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -233,7 +231,6 @@ class Unseen:
     reference: Annotated[str, "encoder that never saw the data, for the scan of photographs"] = ""
 
     def __call__(self, options: TableOptions) -> Table:
-        """Declare the table at a scale."""
         smoke = options.scale == "smoke"
         sets = 1 if smoke else SETS
         halves = {"development": DEVELOPMENT, "test": TEST}

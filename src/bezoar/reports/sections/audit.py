@@ -1,7 +1,5 @@
 """The page of an audit: the verdict, values beside the bank's, and inverted triggers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import replace

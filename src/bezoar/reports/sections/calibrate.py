@@ -1,7 +1,5 @@
 """The page of a calibration: values of clean and attacked encoders by audit."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The page of a check: scores beside those of clean images, and the flagged images."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 A story is made of sections of its runs' pages.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import replace
 from functools import partial

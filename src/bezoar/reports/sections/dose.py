@@ -1,7 +1,5 @@
 """The page of a dose run: success by dose, and how many poisons it takes."""
 
-from __future__ import annotations
-
 from bezoar.reports.metric_names import quantity
 from bezoar.reports.run_page import Page
 from bezoar.reports.sections.reproduce import WARNING, ReproduceView, table_sections

@@ -1,7 +1,5 @@
 """The page of an evaluate run: accuracy, and whether backdoor and targeted attack work."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -46,10 +44,7 @@ RATES = {
 
 
 class EvaluateView(RunView):
-    """An evaluate run.
-
-    A head is named by the group of its metrics: '' for the text tower's, else e.g. `few_shot.10`.
-    """
+    """An evaluate run. Heads are groups of metrics: '' of the text tower, `few_shot.10` ..."""
 
     @functools.cached_property
     def encoder_facts(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The page of an inject run: references, triggered images, and their similarities."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 

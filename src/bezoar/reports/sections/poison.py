@@ -1,7 +1,5 @@
 """The page of a poison run: the goals, and poisoned records beside untouched ones."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

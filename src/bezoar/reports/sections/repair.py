@@ -1,7 +1,5 @@
 """The page of a repair run: figures and readings before and after, and learning rates."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import replace

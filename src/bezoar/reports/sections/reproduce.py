@@ -1,7 +1,5 @@
 """The page of a reproduction: claims with verdicts, then tables with charts and runs."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -227,8 +225,12 @@ def table_sections(view: ReproduceView) -> dict[str, Callable[[], Section]]:
 
 def table_section(table: TableJson) -> Section:
     """Show a table with its charts, fitted dose-responses and notes."""
-    figures = sorted(table_figures(table), key=lambda figure: figure.is_wide)
-    parts: list[Part] = [*figures]
+    figures = (
+        [grid_figure(table)]  # one heat map of rows by curves
+        if table.get("grid")
+        else [column_figure(table, column) for column in column_names(table)]
+    )
+    parts: list[Part] = [*sorted(figures, key=lambda figure: figure.is_wide)]
     for fit in table["laws"]:
         curve = f", {fit['curve']}" if fit["curve"] else ""
         parts.append(Text(f"{fit['cell']}{curve}: {fit['text']}."))
@@ -239,13 +241,6 @@ def table_section(table: TableJson) -> Section:
 def column_names(table: TableJson) -> list[str]:
     """Return the names of a table's cells in order."""
     return list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
-
-
-def table_figures(table: TableJson) -> list[Figure]:
-    """Return a chart for each column, or one heat map of rows by curves."""
-    if table.get("grid"):
-        return [grid_figure(table)]
-    return [column_figure(table, column) for column in column_names(table)]
 
 
 def column_figure(table: TableJson, column: str) -> Figure:

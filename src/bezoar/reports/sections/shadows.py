@@ -1,7 +1,5 @@
 """The page of a shadows run: logits of held-out encoders, queries, shadow encoders."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The page of a survive run: how much of a trigger is left after each treatment."""
 
-from __future__ import annotations
-
 import functools
 from functools import partial
 from typing import Any
@@ -170,10 +168,7 @@ def picture_section(view: SurviveView) -> Section:
 
 
 def treatment_gallery(view: SurviveView, images: Tensor) -> Gallery:
-    """Show for each single treatment its image and its difference, the untreated image first.
-
-    `images`: uint8 (T, E, 2, 3, S, S), by treatment, example, and image or difference.
-    """
+    """Show the image and the difference of each single treatment: uint8 (T, E, 2, 3, S, S)."""
     order = [t for t in view.treatments if t["name"] == "untreated"]
     order += view.ranked_single()
     tiles: list[Tile] = []

@@ -1,7 +1,5 @@
 """The page of a train run: the loss, success by epoch, and how often poisons were drawn."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 
