@@ -8,9 +8,10 @@ import torch
 from detection.test_reference_reading import draw_reader, show_captions
 
 from bezoar import registry
-from bezoar.detection import patch_dictionary, shared_causes
+from bezoar.detection import foreign_pieces, patch_dictionary, shared_causes
 from bezoar.detection.foreign_pieces import PieceSearch
 from bezoar.detection.patch_dictionary import PatchDictionary
+from bezoar.detection.reference_reading import UNREAD, Content
 from bezoar.detection.shared_causes import Cause, Discriminants
 
 
@@ -46,6 +47,24 @@ def test_a_planted_trigger_is_believed_and_no_natural_piece(is_attacked):
     assert torch.isin(shown, poisons).float().mean() > 0.95
     assert (findings.doubt[poisons] > 0.6).float().mean() > 0.9
     assert not search.find(group, causes).causes
+
+
+def test_what_a_whole_piece_shows_is_believed_where_contents_are_hard_to_tell(monkeypatch):
+    monkeypatch.setattr(foreign_pieces, "DEVIATIONS", 6.0)
+    search, group, poisons = prepare_search(True)
+    shown = shared_causes.mark_shown(search.find(group, []).causes, len(group))
+    assert shown[poisons].float().mean() > 0.9 and shown.sum() < 110
+    monkeypatch.setattr(foreign_pieces, "SHARED_BY_ALL", 2.0)
+    assert not search.find(group, []).causes
+
+
+def test_contents_are_foreign_by_their_bound_or_where_all_show_one_thing():
+    assert foreign_pieces.is_foreign(Content(0.1, 0.09), 0.3)
+    assert not foreign_pieces.is_foreign(Content(0.1, 0.1), 0.89)
+    assert foreign_pieces.is_foreign(Content(0.3, 0.2), 0.9)
+    assert not foreign_pieces.is_foreign(Content(0.3, 0.23), 1.0), "as natural ones may be"
+    assert not foreign_pieces.is_foreign(Content(0.41, 0.01), 1.0)
+    assert not foreign_pieces.is_foreign(UNREAD, 1.0)
 
 
 def test_the_piece_that_holds_the_poisons_is_chosen_and_what_is_found_is_not():

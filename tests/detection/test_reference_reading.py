@@ -20,6 +20,7 @@ from bezoar.detection.reference_reading import (
     Reading,
     ReferenceReader,
     RidgeSums,
+    measure_content,
 )
 from bezoar.detection.shared_causes import Discriminants
 from bezoar.errors import UserError
@@ -126,7 +127,7 @@ def test_contents_count_by_their_place_among_other_groups():
     assert set(like.others.tolist()) <= set(others.tolist()) and not like.alone.any()
 
     def bound(compared):
-        return reference_reading.bound_content(reading.captions, reader, group, compared, left_out)
+        return measure_content(reading.captions, reader, group, compared, left_out).bound()
 
     def measure(rows):
         return bound(Comparison.with_rest(rows, others))
@@ -154,8 +155,8 @@ def test_nothing_is_said_of_a_group_whose_contents_are_not_read():
     left_out = torch.zeros(len(group), dtype=torch.bool)
     for others in (members[1::3], members[:0]):
         compared = Comparison.with_rest(members[::3], others)
-        bound = reference_reading.bound_content(reading.captions, reader, group, compared, left_out)
-        assert bound == 1.0
+        content = measure_content(reading.captions, reader, group, compared, left_out)
+        assert content == reference_reading.UNREAD and content.bound(3) == 1
 
 
 def test_the_others_are_those_with_the_most_like_captions():

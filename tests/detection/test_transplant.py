@@ -429,6 +429,11 @@ def test_two_triggers_are_found_and_shown():
         and scores.notes["missed"] == sum(t["missed"] for t in believed) <= 6
     )
     assert [t["raised"] for t in believed] == [12, 12] and all(t["apart"] > 0.8 for t in believed)
+    named = [{kind[scores.ids.index(key)] for key in t["clearest"]} for t in believed]
+    assert sorted(map(list, named)) == [[0], [1]] and [len(t["clearest"]) for t in believed] == [
+        12,
+        12,
+    ]
     boxes = scores.boxes[kind >= 0]
     near = (boxes[:, :2] + boxes[:, 2:] / 2 - corner[kind >= 0] - 3).abs().amax(1)
     assert (near <= 4).all() and (boxes[:, 2:] == 8).all()

@@ -345,6 +345,18 @@ def test_rankings_that_cannot_be_told_from_chance_are_not_drawn(runs: Path) -> N
     assert chart.note.endswith(f"cannot be told from chance: {', '.join(names[1:])}.")
 
 
+def test_records_of_several_triggers_are_shown_in_turn(runs: Path) -> None:
+    view = scan.ScanView(runs_of(runs, "scan")[0])
+    ids, order = view.scores.ids, view.order.tolist()
+    first, second = ([ids[row] for row in order[start : start + 3]] for start in (0, 10))
+    view.notes["detector_notes"] = {"common_cause": {"causes": [{"clearest": first}]}}
+    assert [r.row for r in view.worst(8)] == order[:8]
+    view.notes["detector_notes"]["transplant"] = {"triggers": [{"clearest": [*second, "gone"]}]}
+    shown = view.worst(8)
+    assert [r.rank for r in shown] == [1, 11, 2, 12, 3, 13, 4, 5]
+    assert [order[r.rank - 1] for r in shown] == [r.row for r in shown]
+
+
 def test_differences_that_are_no_more_than_noise_are_not_drawn() -> None:
     before = np.random.default_rng(0).normal(size=200).astype(np.float32)
     noise = np.random.default_rng(1).normal(size=200).astype(np.float32)

@@ -18,9 +18,10 @@ from torch import Tensor
 from bezoar.detection import shared_causes
 from bezoar.detection.reference_reading import (
     Comparison,
+    Content,
     Reading,
     ReferenceReader,
-    bound_content,
+    measure_content,
 )
 from bezoar.detection.shared_causes import MIN_RECORDS, Cause, Discriminants
 from bezoar.evaluation.kmeans import cluster_centres
@@ -32,6 +33,7 @@ SUSPICIOUS = 0.7  # bound of a piece's contents, in units of those of the rest o
 # of a believed cause
 MAX_CONTENT = 0.4  # bound of its contents
 DEVIATIONS = 3.09  # of that bound: one in a thousand, for about a hundred causes are tested
+SHARED_BY_ALL = 0.9  # share of a piece that others of it give away: all show one thing
 MIN_MISREAD = 0.5  # lower bound of the share of its records that is misread
 MIN_PICTURES = 30  # that show it; fewer may be one series of natural pictures
 
@@ -120,7 +122,8 @@ class PieceSearch:
                     Comparison.with_rest(rows, others),
                 )
                 for i, compared in enumerate(comparisons):
-                    bound = bound_content(read, self.reader, rest, compared, left_out)
+                    content = measure_content(read, self.reader, rest, compared, left_out)
+                    bound = content.bound()
                     if bound < lowest.get((i, group), SUSPICIOUS):
                         lowest[i, group] = bound
                         seeds[i][of_group] = pieces[of_group] == number
@@ -160,14 +163,15 @@ class PieceSearch:
         for support in shared_causes.measure_support(causes, misread):
             shown = support.cause.shown
             like = Comparison.by_captions(self.reader.nearest, shown, left_out)
-            content = bound_content(
-                reading.captions, self.reader, discriminants.groups, like, left_out, DEVIATIONS
+            content = measure_content(
+                reading.captions, self.reader, discriminants.groups, like, left_out
             )
-            if content < SUSPICIOUS:
-                doubt[shown] = doubt[shown].clamp(min=1 - content)
+            bound = content.bound(DEVIATIONS)
+            if bound < SUSPICIOUS:
+                doubt[shown] = doubt[shown].clamp(min=1 - bound)
             pictures = len(self.reader.pictures[shown].unique())
             is_misread = support.lower > MIN_MISREAD and pictures >= MIN_PICTURES
-            if is_misread and content < MAX_CONTENT:
+            if is_misread and is_foreign(content, support.cause.recognised):
                 believed.append(support)
         return shared_causes.sharpen_causes(discriminants, believed, misread)
 
@@ -184,3 +188,20 @@ def set_apart(groups: Tensor, causes: Sequence[Cause]) -> tuple[Tensor, Tensor]:
     """The records that show some cause, bool (N,); and the groups (N,), with these in a new one."""
     excluded = shared_causes.mark_shown(causes, len(groups))
     return excluded, groups.masked_fill(excluded, int(groups.max()) + 1)
+
+
+def is_foreign(content: Content, recognised: float) -> bool:
+    """Whether contents are of any kind.
+
+    Where few natural records carry the captions, what they show is hardly learnt, and contents of
+    any kind have a high bound too. Then a cause is believed that nearly all of its piece show, if
+    the contents lie low on average and are surely not those of the natural records: a natural piece
+    whose contents are misread is seldom so uniform.
+
+    Args:
+        content: of the records that show a cause.
+        recognised: as in `Cause`.
+    """
+    bound = content.bound(DEVIATIONS)
+    is_uniform = recognised >= SHARED_BY_ALL and content.share < MAX_CONTENT and bound < 1
+    return bound < MAX_CONTENT or is_uniform

@@ -367,15 +367,33 @@ class Comparison:
         return Comparison(suspects, torch.zeros(len(suspects), dtype=torch.bool), others)
 
 
-def bound_content(
+@dataclass(frozen=True)
+class Content:
+    """How far the contents of suspects are what their captions name.
+
+    share: their mean place above chance, in units of that of natural records with like captions:
+    about 1 for natural ones, about 0 for contents of any kind. error: its standard deviation.
+    """
+
+    share: float
+    error: float
+
+    def bound(self, deviations: float = ONE_SIDED) -> float:
+        """The upper confidence bound of the share."""
+        return self.share + deviations * self.error
+
+
+UNREAD = Content(1.0, 0.0)  # of which nothing is said
+
+
+def measure_content(
     read: Tensor,
     reader: ReferenceReader,
     groups: Tensor,
     compared: Comparison,
     left_out: Tensor,
-    deviations: float = ONE_SIDED,
-) -> float:
-    """Return how far the contents of suspects may be what their captions name.
+) -> Content:
+    """Measure how far the contents of suspects are what their captions name.
 
     The captions of the others, less those of all records, are a direction. A record counts by its
     place among the records of other groups on it: its content names what these captions name where
@@ -387,16 +405,13 @@ def bound_content(
         groups: int64 (N,), the caption group of each record.
         compared: the suspects and the others.
         left_out: bool (N,).
-        deviations: of the mean, up to the bound.
 
     Returns:
-        The upper confidence bound of the mean place of the suspects, above chance, in units of that
-        of the others: 1 and more for natural ones, about 0 for contents of any kind. 1 where there
-        are too few others, or their own contents are not read.
+        UNREAD where there are too few others, or their own contents are not read.
     """
     suspects, others = compared.suspects, compared.others
     if len(others) < MIN_RECORDS:
-        return 1.0
+        return UNREAD
     sample = (~left_out).nonzero()[:FOREIGN, 0]
     distinct, times = others.unique(return_counts=True)
     weights = times / len(others)
@@ -408,10 +423,10 @@ def bound_content(
 
     usual = float(find_places(distinct) @ weights)
     if usual < LEAST_READ:
-        return 1.0
+        return UNREAD
     error = PLACE_DEVIATION / math.sqrt(len(reader.pictures[suspects].unique()))
     mean = float(find_places(suspects).masked_fill(compared.alone, usual).mean())
-    return (mean + deviations * error - CHANCE) / (usual - CHANCE)
+    return Content((mean - CHANCE) / (usual - CHANCE), error / (usual - CHANCE))
 
 
 def believe_foreign(
@@ -421,7 +436,7 @@ def believe_foreign(
     groups: Tensor,
     left_out: Tensor,
 ) -> list[Support]:
-    """Those causes whose records are misread and have contents of any kind; see `bound_content`."""
+    """Those causes whose records are misread and have contents of any kind."""
     least = max(MIN_MISREAD, find_clear_bound(supports, CLEAR_DEVIATIONS))
     believed = []
     for support in supports:
@@ -430,7 +445,8 @@ def believe_foreign(
         others = groups == support.cause.group
         others[support.cause.shown] = False
         compared = Comparison.with_rest(support.cause.shown, others.nonzero()[:, 0])
-        if bound_content(reading.captions, reader, groups, compared, left_out) < MAX_CONTENT:
+        content = measure_content(reading.captions, reader, groups, compared, left_out)
+        if content.bound() < MAX_CONTENT:
             believed.append(support)
     return believed
 

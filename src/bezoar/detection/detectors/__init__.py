@@ -12,7 +12,8 @@ detector without it may say by `passes(n)` how many images it puts through the e
 records, for the progress bar. `Scores.raised` marks the records of a trigger that a detector has
 found and tested; in a scan by several detectors they come first. Such a detector sets the class
 variable `decides`, so that a gate can know it before any work; and `reads_training` if it sees a
-trigger only in an encoder that was trained on the scanned data.
+trigger only in an encoder that was trained on the scanned data. Its notes may hold `causes` or
+`triggers`, a list; the ids that an entry has as `clearest` stand first on a scan's page.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bezoar.evaluation.scores import Scores
 from bezoar.progress import ProgressReport, no_report
 
 ROWS = 1 << 16  # vectors in memory at a time
+CLEAREST = 20  # records that are named of each trigger, at most
 
 
 class RecordEncoder(Protocol):
@@ -92,3 +94,9 @@ def read_captions(source: Records) -> Sequence[str]:
     if hasattr(source, "captions"):
         return source.captions
     return [caption for batch in source.batches(1024) for caption in batch.captions]
+
+
+def name_clearest(ids: Sequence[str], rows: Tensor, values: Tensor) -> list[str]:
+    """The ids of the CLEAREST of some rows, int64 (M,), that have the largest values, (M,)."""
+    largest = values.argsort(descending=True, stable=True)[:CLEAREST]
+    return [ids[row] for row in rows[largest].tolist()]

@@ -56,7 +56,13 @@ from bezoar.detection import (
     training_traces,
 )
 from bezoar.detection.caption_groups import group_captions
-from bezoar.detection.detectors import RecordEncoder, Records, read_captions, require_texts
+from bezoar.detection.detectors import (
+    RecordEncoder,
+    Records,
+    name_clearest,
+    read_captions,
+    require_texts,
+)
 from bezoar.detection.foreign_pieces import PieceSearch
 from bezoar.detection.patch_dictionary import PatchDictionary
 from bezoar.detection.reference_reading import ReferenceReader
@@ -160,7 +166,7 @@ class CommonCause:
                 tested += findings.tested
         notes = {
             "looked_for": LOOKED_FOR,
-            "causes": [describe_cause(cause) for cause in causes],
+            "causes": [describe_cause(cause, embedded.ids, rows) for cause in causes],
             "tested": tested,
         }
         return self.combine(embedded.ids, order, mismatch, doubt, causes, notes)
@@ -307,11 +313,13 @@ def short_training(records: int) -> str:
     return f"clip:epochs={epochs},batch={max(16, min(256, records // 10))}"
 
 
-def describe_cause(cause: Cause) -> dict[str, Any]:
-    """As it stands in a run's manifest."""
+def describe_cause(cause: Cause, ids: Sequence[str], order: Tensor) -> dict[str, Any]:
+    """As it stands in a run's manifest. ids: of the source. order: int64 (N,), its rows in turn."""
+    is_shown = cause.scores >= 1
     return {
         "group": cause.group,
         "records": len(cause.rows),
         "shown": len(cause.shown),
         "recognised": round(cause.recognised, 3),
+        "clearest": name_clearest(ids, order[cause.rows[is_shown]], cause.scores[is_shown]),
     }

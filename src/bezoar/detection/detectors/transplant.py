@@ -38,7 +38,7 @@ from bezoar.data.pairs import load_pairs
 from bezoar.data.randomness import sample_rows
 from bezoar.detection import shared_patterns, trigger_candidates, window_transplants
 from bezoar.detection.caption_groups import CaptionGroups, group_captions
-from bezoar.detection.detectors import RecordEncoder, Records, require_texts
+from bezoar.detection.detectors import RecordEncoder, Records, name_clearest, require_texts
 from bezoar.detection.shared_patterns import GroupTextures, WindowCluster
 from bezoar.detection.trigger_candidates import (
     BLOCK,
@@ -286,7 +286,11 @@ class Transplant:
             boxes[new] = trigger.boxes[new]
             raised |= shown
             counts = {"raised": shown, "new": new, "missed": shown & not_located}
-            notes.append(trigger.note() | {name: int(mask.sum()) for name, mask in counts.items()})
+            notes.append(
+                trigger.note()
+                | {name: int(mask.sum()) for name, mask in counts.items()}
+                | {"clearest": name_clearest(data.ids, new.nonzero()[:, 0], share[new])}
+            )
         note = {
             "looked_for": LOOKED_FOR,
             "passes": self.passes(n),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from bezoar.detection.corpus.corpus import Corpus, ScanScores, load_scores, reop
 from bezoar.detection.reliability import read_windows
 from bezoar.reports import charts, pictures, record_tiles, similar_records
 from bezoar.reports.charts import Mark, Series
-from bezoar.reports.metric_names import format_measure, format_percent, quantity
+from bezoar.reports.metric_names import as_dict, format_measure, format_percent, quantity
 from bezoar.reports.page_parts import Figure, Part, Section, Step, Table, Text
 from bezoar.reports.record_tiles import FULL_SCALE, Box, RankedRecord
 from bezoar.reports.reliability_sections import (
@@ -26,7 +27,7 @@ from bezoar.reports.reliability_sections import (
     separating_channels,
     side_channel_section,
 )
-from bezoar.reports.run_page import Page, RunView, as_sentences
+from bezoar.reports.run_page import Page, RunView, as_list, as_sentences
 from bezoar.reports.shared_parts import group_goals
 from bezoar.reports.shell_commands import shell_command
 from bezoar.reports.source_sections import source_section
@@ -80,10 +81,7 @@ class ScanView(RunView):
     def copies(self) -> dict[int, int]:
         """The rows of copies of a picture, each with the row of another copy."""
         pairs = {r["id"]: r.get("copy_of") for r in self.read_json("ranked.json")}
-        wanted = {key for pair in pairs.items() for key in pair if pair[1]}
-        row_of = (
-            {key: row for row, key in enumerate(self.scores.ids) if key in wanted} if wanted else {}
-        )
+        row_of = self.find_rows({key for pair in pairs.items() for key in pair if pair[1]})
         return {
             row_of[key]: row_of[copy]
             for key, copy in pairs.items()
@@ -95,9 +93,31 @@ class ScanView(RunView):
         """How many records the keep-list leaves out."""
         return int(self.notes["removed"])
 
+    def find_rows(self, ids: Collection[str]) -> dict[str, int]:
+        """The rows of those of the ids that are among the records."""
+        return {key: row for row, key in enumerate(self.scores.ids) if key in ids} if ids else {}
+
+    @property
+    def clearest(self) -> list[list[str]]:
+        """For each trigger that a detector found the ids of those that show it most clearly."""
+        named = [
+            as_list(as_dict(trigger).get("clearest"))
+            for note in self.note_dict("detector_notes").values()
+            for name in ("causes", "triggers")
+            for trigger in as_list(as_dict(note).get(name))
+        ]
+        return [ids for ids in named if ids]
+
     def worst(self, count: int) -> list[RankedRecord]:
-        """Return the most suspicious records."""
-        return [RankedRecord(i + 1, row) for i, row in enumerate(self.order[:count].tolist())]
+        """Return the most suspicious records, by their rank; those of several triggers in turn."""
+        rows = self.order[:count].tolist()
+        if len(self.clearest) > 1:
+            row_of = self.find_rows(set(itertools.chain(*self.clearest)))
+            in_turn = itertools.chain(*itertools.zip_longest(*self.clearest))
+            rows = [row_of[key] for key in in_turn if key in row_of] + rows
+        ranks = np.empty_like(self.order)
+        ranks[self.order] = np.arange(1, len(ranks) + 1)
+        return [RankedRecord(int(ranks[row]), row) for row in list(dict.fromkeys(rows))[:count]]
 
 
 def build_page(run: Run) -> Page:
