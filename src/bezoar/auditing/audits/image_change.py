@@ -7,16 +7,17 @@ and no blend is small. Ours; no published target.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from bezoar.auditing import image_changes, norm_outliers, trigger_inversion, unaided_verdict
 from bezoar.auditing.audits.cleanse import HELD_OUT, reach_class
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.image_changes import FAMILIES, ChangeFamily, LeastChanges
-from bezoar.auditing.trigger_inversion import TowerCost
+from bezoar.auditing.trigger_inversion import ImageTower, TowerCost
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -27,6 +28,7 @@ from bezoar.evaluation.verdict import Verdict
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
+EXAMPLES = 8  # clean images whose readings are kept
 FEWEST = 3  # classes that can be compared with one another
 DEVIATION = 0.25  # of the sizes' logarithms; few reached classes tell no smaller one
 RATES = (1.5, 0.6)  # factors on a family's learning rate, in the first half of the steps and after
@@ -89,7 +91,7 @@ class ImageChange:
         """Images that the encoder reads at most."""
         if not self.searches_all(classes, cost):
             return 0
-        return classes * sum(self.recipe(f).image_passes() + images for f in FAMILIES.values())
+        return classes * sum(self.recipe(f).image_passes() + 2 * images for f in FAMILIES.values())
 
     def searches_all(self, classes: int, cost: TowerCost) -> bool:
         """Whether the classes of an encoder are searched for."""
@@ -116,27 +118,16 @@ class ImageChange:
                 f"{len(names)}, and {FEWEST} are needed"
             )
         trigger_inversion.check_image_count(clean)
-        searched = clean.take(range(len(clean) - len(clean) // HELD_OUT))
-        objective = reach_class(classifier)
         evidence: dict[str, Measure] = {}
         changes: list[dict[str, Any]] = []
         with trigger_inversion.freeze_tower(encoder, classifier.raw) as tower:
             if not self.searches_all(len(names), tower.cost):
                 return skipped_verdict(len(names))
             for name, family in FAMILIES.items():
-                least = image_changes.search_changes(
-                    family,
-                    tower,
-                    searched,
-                    clean,
-                    objective,
-                    len(names),
-                    self.recipe(family),
-                    seed,
-                    report,
-                )
+                least = self.search(family, tower, clean, classifier, seed, report)
                 evidence |= describe_family(name, family, least, names, len(clean))
-                changes.append(list_changes(name, family, least, names))
+                facts = list_changes(name, family, least, names)
+                changes.append(facts | read_examples(family, facts, tower, clean, classifier))
         notes = {
             "head": classifier.how,
             "unaided": "change",
@@ -145,6 +136,28 @@ class ImageChange:
         }
         value = max(unaided_verdict.change_statistic(evidence, name) for name in FAMILIES)
         return Verdict(value, evidence, notes=notes)
+
+    def search(
+        self,
+        family: ChangeFamily,
+        tower: ImageTower,
+        clean: Pairs,
+        classifier: Classifier,
+        seed: int,
+        report: ProgressReport,
+    ) -> LeastChanges:
+        """The least change of a family for every class."""
+        return image_changes.search_changes(
+            family,
+            tower,
+            clean.take(range(len(clean) - len(clean) // HELD_OUT)),
+            clean,
+            reach_class(classifier),
+            len(classifier.classes),
+            self.recipe(family),
+            seed,
+            report,
+        )
 
 
 def skipped_verdict(classes: int) -> Verdict:
@@ -215,4 +228,23 @@ def list_changes(
         "target": names[order[0]],
         "targets": rows,
         "numbers": [[i, round(value, 6)] for i, value in enumerate(numbers) if value],
+    }
+
+
+@torch.no_grad()
+def read_examples(
+    family: ChangeFamily,
+    facts: Mapping[str, Any],
+    tower: ImageTower,
+    clean: Pairs,
+    classifier: Classifier,
+) -> dict[str, list[str]]:
+    """What the head reads the first clean images as before and after a family's least change."""
+    x = clean.images[:EXAMPLES].to(tower.device, tower.dtype) / 255
+    numbers = image_changes.restore_numbers(family, facts["numbers"], *x.shape[2:])
+    assert numbers is not None
+    changed = family.change(numbers.to(x), x)[0]  # (N, 3, H, W)
+    return {
+        key: [classifier.classes[c] for c in classifier.head(tower(images)).argmax(1).tolist()]
+        for key, images in (("before", x), ("after", changed))
     }
