@@ -127,7 +127,7 @@ class Warp:
 
     MESH: ClassVar[int] = 6
     unit: ClassVar[str] = f"root mean square of the shift, in pixels of an image of {SIDE}"
-    limit: ClassVar[float] = 1.5
+    limit: ClassVar[float] = 2.0
     rate: ClassVar[float] = 0.08
     weight: ClassVar[float] = 0.3
     spread: ClassVar[float] = 0.1

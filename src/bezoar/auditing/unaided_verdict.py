@@ -21,6 +21,7 @@ from bezoar.auditing.norm_outliers import LEAST_SHARE
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
 STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
+SURE_CHANGE_P = 0.05  # the same of `image_change`, whose p-values are of all its families
 SPREAD = (
     0.6,
     0.9,
@@ -137,7 +138,7 @@ def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
     evidence: name -> measure, or its JSON.
     """
     ratio, p = (read_value(evidence[f"{family}_{name}"]) for name in ("ratio", "p"))
-    return outlier_statistic(ratio, p, 0.0)
+    return outlier_statistic(ratio, p, 0.0, SURE_CHANGE_P)
 
 
 def read_value(measure: Any) -> float:
@@ -230,14 +231,14 @@ def share_text(count: int, n: int) -> str:
     return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def outlier_statistic(ratio: float, p: float, concentration: float) -> float:
+def outlier_statistic(ratio: float, p: float, concentration: float, sure: float = SURE_P) -> float:
     """The logarithm of median norm / least norm, as far as something says that it is no accident.
 
-    That is the p-value among the encoder's own classes, by log p / log SURE_P, or the least mask's
+    That is the p-value among the encoder's own classes, by log p / log sure, or the least mask's
     concentration, from 0 at the one to 1 at the other of `SPREAD`: whichever says more, at most 1.
     Where an edited encoder lets all classes be reached through the trigger, none is an outlier, but
     the least mask lies in one place.
     """
-    by_p = math.log(max(p, 1e-300)) / math.log(SURE_P)
+    by_p = math.log(max(p, 1e-300)) / math.log(sure)
     by_place = (concentration - SPREAD[0]) / (SPREAD[1] - SPREAD[0])
     return ratio * min(1.0, max(by_p, by_place, 0.0))
