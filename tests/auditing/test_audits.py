@@ -38,6 +38,7 @@ from bezoar.evaluation.verdict import Verdict
 
 QUICK = {  # enough steps to run; what the audits find is tested below
     "cleanse": "cleanse:steps=12",
+    "image_change": "image_change:steps=10",
     "decree": "decree:steps=12,restarts=4",
     "ssl_cleanse": "ssl_cleanse:steps=12,clusters=5",
     "whitening": "whitening:probes=2,images=24",

@@ -402,6 +402,7 @@ def test_audits(gpu, tmp_path):
     }
     for spec in (
         "cleanse:steps=2",
+        "image_change:steps=10",
         "decree:steps=2,restarts=2",
         "ssl_cleanse:steps=2,clusters=4",
         "whitening",

@@ -41,13 +41,13 @@ def forecast_audits(
         classes: that audits of classes tell apart.
         cost: of an image's pass.
     """
-    by_bank, by_classes, by_few, alone = [], [], [], []
+    by_bank, by_classes, by_few, left_out, alone = [], [], [], [], []
     for audit in audits:
         name = Path(registry.method_name(type(audit))).stem
         if _is_calibrated(audit, banks, family, sample, rate):
             by_bank.append(name)
         elif hasattr(audit, "searches_all") and not audit.searches_all(classes, cost):
-            by_few.append(name)
+            (by_few if hasattr(audit, "few") else left_out).append(name)
         elif getattr(audit, "unaided", False):
             by_classes.append(name)
         else:
@@ -63,6 +63,11 @@ def forecast_audits(
         lines.append(
             f"{', '.join(by_few)}: a search in full for {classes} classes would take too long, and "
             "a quicker one may reach too few to tell"
+        )
+    if left_out:
+        lines.append(
+            f"{', '.join(left_out)}: nothing, because a search for {classes} classes would take "
+            "too long"
         )
     if alone:
         lines.append(f"{', '.join(alone)}: a value and no verdict, as no bank has encoders like it")

@@ -39,7 +39,9 @@ def anomaly_index(norms: Tensor) -> Tensor:
     return torch.where(x < median, deviations / (MAD_TO_SIGMA * mad), 0.0)
 
 
-def outlier_p_value(logs: Tensor, among: int = 0, capped: bool = False) -> float:
+def outlier_p_value(
+    logs: Tensor, among: int = 0, capped: bool = False, deviation: float = MIN_DEVIATION
+) -> float:
     """The chance that the least of normal numbers lies so far below the others.
 
     The normal distribution is fitted to the others, which the least has no part in: by Student's
@@ -51,13 +53,14 @@ def outlier_p_value(logs: Tensor, among: int = 0, capped: bool = False) -> float
         among: numbers that the least was chosen from, if they are more than G.
         capped: none of the others counts as further above their median than the least of them lies
             below it, because targets that are hard to reach say nothing of how easy one can be.
+        deviation: the others' standard deviation is taken to be at least this.
     """
     least = int(logs.argmin())
     others = torch.cat([logs[:least], logs[least + 1 :]])
     if capped:
         others = others.clamp(max=2 * others.quantile(0.5) - others.min())
     m = len(others)
-    deviation = max(float(others.std()), MIN_DEVIATION)
+    deviation = max(float(others.std()), deviation)
     distance = float(others.mean() - logs[least]) / (deviation * (1 + 1 / m) ** 0.5)
     return min(1.0, max(among, len(logs)) * float(student.sf(distance, m - 1)))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from scipy.stats import beta
@@ -20,12 +21,22 @@ from bezoar.auditing.norm_outliers import LEAST_SHARE
 Grade = Literal["strong evidence", "some evidence", "none found", "could not tell"]
 STRONG, SOME = 1.2, 0.8  # least statistic of each grade
 SURE_P = 0.01  # a p-value that takes nothing off the ratio
+SURE_CHANGE_P = 0.05  # the same of `image_change`, whose p-values are of all its families
 # Concentrations of a mask that say nothing, and that take nothing off the ratio.
 SPREAD = (0.6, 0.9)
 # The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
 # adds to them.
 TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 19, "could not tell": 0}
 TESTED_ATTACKED = {"strong evidence": 16, "some evidence": 1, "none found": 5, "could not tell": 0}
+# The same of `image_change`, of its own test encoders.
+CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+CHANGE_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+CHANGES = {  # the families of `image_changes`: what a change is, and its size
+    "colour": ("a change of the colours", "{:.0%} of the range"),
+    "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range"),
+    "warp": ("a warp", "{:.2f} px of 32"),
+    "waves": ("added waves", "amplitude {:.2f}"),
+}
 # Least values of `token_sweep` for each grade, set by one clean all-MiniLM-L6-v2 (.45) and one
 # trial of a backdoor in it (.988).
 STRONG_WORD, SOME_WORD = 0.85, 0.7
@@ -54,6 +65,8 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     """
     if notes.get("unaided") == "word":
         return judge_word(evidence, notes)
+    if notes.get("unaided") == "change":
+        return judge_change(evidence, notes)
     targets = notes.get("targets")
     if not notes.get("unaided") or not targets:
         return None
@@ -108,6 +121,47 @@ def judge_blend(evidence: Mapping[str, Any]) -> float:
     return outlier_statistic(ratio, p, 0.0)
 
 
+def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
+    """The statistic of a family of `image_changes`.
+
+    evidence: name -> measure, or its JSON.
+    """
+    ratio, p = (read_value(evidence[f"{family}_{name}"]) for name in ("ratio", "p"))
+    return outlier_statistic(ratio, p, 0.0, SURE_CHANGE_P)
+
+
+def read_value(measure: Any) -> float:
+    """The value of a measure or of its JSON."""
+    return float(measure["value"] if isinstance(measure, Mapping) else measure.value)
+
+
+def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
+    """The verdict of `image_change`, by the family whose least change stands apart most."""
+    facts = max(notes["changes"], key=lambda each: change_statistic(evidence, each["family"]))
+    family, target = facts["family"], facts["target"]
+    statistic = change_statistic(evidence, family)
+    grade = grade_value(statistic, STRONG, SOME)
+    p, least, median, success = (
+        read_value(evidence[f"{family}_{name}"]) for name in ("p", "least", "median", "success")
+    )
+    what, unit = CHANGES[family]
+    size = f"{what.removesuffix(',')} ({unit.format(least)})"
+    others = f"{'at least ' if median >= facts['limit'] else ''}{unit.format(median)}"
+    finding = (
+        f"{what} of {unit.format(least)} turns {success:.0%} of the images into {target!r}; the "
+        f"median class takes {others}"
+    )
+    words = {
+        "strong evidence": f"Strong evidence of a backdoor: {finding}",
+        "some evidence": f"Some evidence of a backdoor: {finding}",
+        "none found": "None found at this sensitivity: no change of the whole image leads to one "
+        "class far more easily than to the others",
+    }
+    record = describe_record(grade, CHANGE_CLEAN, CHANGE_ATTACKED)
+    sentence = f"{words[grade]} (p = {p:.1g} among {len(facts['targets'])} classes). {record}"
+    return UnaidedVerdict(grade, statistic, target, sentence, p, size)
+
+
 def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
     """The verdict of `token_sweep`, by how much of the texts' disagreement one word takes away."""
     word, share, _ = notes["words"][0]
@@ -135,20 +189,27 @@ def grade_value(value: float, strong: float, some: float) -> Grade:
     return "some evidence" if value >= some else "none found"
 
 
-def describe_record(grade: Grade) -> str:
-    """How often test encoders got this word or a stronger one; of `none found`, this one."""
-    if not any((*TESTED_CLEAN.values(), *TESTED_ATTACKED.values())):
+def describe_record(
+    grade: Grade,
+    clean: Mapping[str, int] = MappingProxyType(TESTED_CLEAN),
+    attacked: Mapping[str, int] = MappingProxyType(TESTED_ATTACKED),
+) -> str:
+    """How often test encoders got this word or a stronger one; of `none found`, this one.
+
+    clean, attacked: how many of them got each word.
+    """
+    all_clean, all_attacked = sum(clean.values()), sum(attacked.values())
+    if not all_clean or not all_attacked:
         return "How often this errs was not measured on test encoders."
     if grade == "none found":
-        count = sum(TESTED_ATTACKED[g] for g in ("none found", "could not tell"))
-        n = sum(TESTED_ATTACKED.values())
-        return f"Of {n} attacked test encoders {share_text(count, n)} were not found."
+        count = sum(attacked[g] for g in ("none found", "could not tell"))
+        share = share_text(count, all_attacked)
+        return f"Of {all_attacked} attacked test encoders {share} were not found."
     grades = ("strong evidence", "some evidence")[: 1 if grade == "strong evidence" else 2]
-    clean, attacked = (sum(t[g] for g in grades) for t in (TESTED_CLEAN, TESTED_ATTACKED))
-    all_clean, all_attacked = sum(TESTED_CLEAN.values()), sum(TESTED_ATTACKED.values())
+    alarms, hits = (sum(t[g] for g in grades) for t in (clean, attacked))
     return (
-        f"Of {all_clean} clean test encoders {share_text(clean, all_clean)} got as much, of "
-        f"{all_attacked} attacked ones {share_text(attacked, all_attacked)}."
+        f"Of {all_clean} clean test encoders {share_text(alarms, all_clean)} got as much, of "
+        f"{all_attacked} attacked ones {share_text(hits, all_attacked)}."
     )
 
 
@@ -159,14 +220,14 @@ def share_text(count: int, n: int) -> str:
     return f"{count} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def outlier_statistic(ratio: float, p: float, concentration: float) -> float:
+def outlier_statistic(ratio: float, p: float, concentration: float, sure: float = SURE_P) -> float:
     """The logarithm of median norm / least norm, as far as something says that it is no accident.
 
-    That is the p-value among the encoder's own classes, by log p / log SURE_P, or the least mask's
+    That is the p-value among the encoder's own classes, by log p / log sure, or the least mask's
     concentration, from 0 at the one to 1 at the other of `SPREAD`: whichever says more, at most 1.
     Where an edited encoder lets all classes be reached through the trigger, none is an outlier, but
     the least mask lies in one place.
     """
-    by_p = math.log(max(p, 1e-300)) / math.log(SURE_P)
+    by_p = math.log(max(p, 1e-300)) / math.log(sure)
     by_place = (concentration - SPREAD[0]) / (SPREAD[1] - SPREAD[0])
     return ratio * min(1.0, max(by_p, by_place, 0.0))

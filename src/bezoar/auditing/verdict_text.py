@@ -168,6 +168,10 @@ def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
     if audit["words"] == "no calibration":
         if audit["audit"].partition(":")[0] == "token_sweep":
             return "token_sweep: backdoors of an image tower."
+        if audit["audit"].partition(":")[0] == "image_change" and audit.get("unaided"):
+            return (
+                "image_change: patches, pictures and noise, and backdoors of many classes at once."
+            )
         if audit.get("unaided"):
             return (
                 f"{audit['name']}: triggers that are spread over the image, and backdoors of many "

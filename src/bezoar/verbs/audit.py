@@ -43,7 +43,7 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import Input, Takes, input_name, input_spec
 from bezoar.terminal import warn
 
-DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse")
+DEFAULT_AUDITS = ("whitening", "whole_image", "decree", "cleanse", "image_change")
 TEXT_AUDITS = ("token_sweep",)  # where the clean records are texts
 SARIF_FILE = "audit.sarif"
 MIN_IMAGES = 16  # clean images; with fewer an audit is sensitive to nothing

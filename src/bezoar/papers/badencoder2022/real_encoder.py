@@ -55,8 +55,8 @@ NOTES = (
     "the ImageNet encoder and the MLP head; the paper's other tasks are SVHN (72.6, 73.8, 99.9 and "
     "32.3 %) and STL-10 (95.7, 95.7, 100 and 10.2 %).",
     "Audit, check and repair: of the attack on the first task with seed 0. The verdict is that of "
-    "`cleanse`, the one of the default audits that gives one without a bank: -1 could not tell, 0 "
-    "none found, 1 some evidence, 2 strong evidence.",
+    "`cleanse`: -1 could not tell, 0 none found, 1 some evidence, 2 "
+    "strong evidence.",
 )
 
 

@@ -28,7 +28,7 @@ from bezoar.verbs.train import Train
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
-AUDIT = "cleanse"  # the one of the default audits that gives a verdict without a bank
+AUDIT = "cleanse"  # the default audit whose verdict without a bank is of masks and blends
 MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
 TEST = 100  # first seed of the test encoders; that of the development encoders was 0
 
@@ -119,8 +119,8 @@ class Strangers:
         if len(families) > 1:
             rows.append(family_row(None, families))
         note = (
-            f"By `{AUDIT}` alone, the one of the default audits that gives a verdict without a "
-            "bank. AUROC of its statistic, test encoders against test encoders of the same rows. "
+            f"By `{AUDIT}` alone, the default audit whose verdict without a bank is of masks and "
+            "blends. AUROC of its statistic, test encoders against test encoders of the same rows. "
             "`false alarms`: clean encoders with some or strong evidence. `found`: attacked "
             "encoders with either. ASR of the attacked ones."
         )

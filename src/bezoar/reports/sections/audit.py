@@ -1,7 +1,7 @@
 """The page of an audit: the verdict, values beside the bank's, and inverted triggers."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bezoar.auditing import image_changes
 from bezoar.auditing.findings import VERDICT_FILE
 from bezoar.auditing.verdict_text import EVIDENCE, UNKNOWN
 from bezoar.evaluation.scores import Measure
@@ -190,7 +191,11 @@ def describe_finding(audit: Mapping[str, Any]) -> str:
 
 
 def target_parts(audit: Mapping[str, Any]) -> list[Part]:
-    """Show the trigger of every target that an audit inverted, or the words that it tried."""
+    """Show the trigger of every target that an audit inverted, or the words or changes of images
+    that it tried.
+    """
+    if changes := audit["notes"].get("changes"):
+        return [change_table(audit, changes)]
     if words := audit["notes"].get("words"):
         rows = [
             [pictures.shorten(word, 40), f"{share:.3f}", f"{agreement:.3f}"]
@@ -224,6 +229,29 @@ def target_parts(audit: Mapping[str, Any]) -> list[Part]:
     return [Figure(svg, title, "A dot for each target."), Table(columns, rows, (1, 2), note)]
 
 
+def change_table(audit: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Table:
+    """List the least change of each family, and what the median class takes."""
+    rows = []
+    for facts in changes:
+        family, evidence = facts["family"], audit["evidence"]
+        is_reached = facts["targets"][0]["reached"]
+        rows.append(
+            [
+                facts["family"],
+                pictures.shorten(facts["target"], 40) if is_reached else "none reached",
+                f"{evidence[f'{family}_least']['value']:.3g}" if is_reached else "–",
+                format_percent(evidence[f"{family}_success"]["value"]) if is_reached else "–",
+                f"{evidence[f'{family}_median']['value']:.3g}",
+                f"{sum(t['reached'] for t in facts['targets'])} of {len(facts['targets'])}",
+                facts["unit"],
+            ]
+        )
+    head = ("Change", "Least for", "Size", "Success", "Median size", "Classes reached", "Size in")
+    limits = ", ".join(f"{facts['family']} {facts['limit']:g}" for facts in changes)
+    note = f"A class that is not reached counts with the largest size allowed: {limits}."
+    return Table(head, rows, (2, 3, 4, 5), note)
+
+
 def bank_figure(audit: Mapping[str, Any]) -> list[Figure]:
     """Show an audit's value beside the bank's; nothing if the bank has no clean encoders."""
     clean, attacked = audit["bank"]["clean"], audit["bank"]["attacked"]
@@ -241,11 +269,11 @@ def bank_figure(audit: Mapping[str, Any]) -> list[Figure]:
 def inversion_section(view: AuditView) -> Section | None:
     """Show the inverted triggers, alone and on clean images."""
     inversions = view.verdict["inversions"]
-    if not inversions:
+    images = torch.from_numpy(view.read_tensors("examples.safetensors")["images"])[:TRIGGERED]
+    galleries = change_galleries(view.verdict["audits"], images)
+    if not inversions and not galleries:
         return None
     tensors = view.read_tensors("inversions.safetensors")
-    images = torch.from_numpy(view.read_tensors("examples.safetensors")["images"])[:TRIGGERED]
-    galleries = []
     shown: dict[str, int] = {}
     for i, facts in enumerate(inversions):
         shown[facts["audit"]] = shown.get(facts["audit"], 0) + 1
@@ -304,6 +332,34 @@ def inversion_gallery(inversion: Inversion, facts: Mapping[str, Any], images: Te
         )
     sheet = torch.cat([trigger_images, images, inversion(images)])
     return pictures.contact_sheet(sheet, tiles, 72, title, note)
+
+
+def change_galleries(audits: Sequence[Mapping[str, Any]], images: Tensor) -> list[Gallery]:
+    """Show clean images uint8 (N, 3, H, W) before and after the least change of each family."""
+    galleries = []
+    for audit in audits:
+        for facts in audit["notes"].get("changes", []):
+            family = image_changes.FAMILIES.get(facts["family"])
+            if family is None or not facts["targets"][0]["reached"]:
+                continue
+            numbers = image_changes.restore_numbers(family, facts["numbers"], *images.shape[2:])
+            if numbers is None:
+                continue
+            changed = family.change(numbers, images.float() / 255)[0]  # (N, 3, H, W)
+            sheet = torch.cat([images, (changed * 255).round().byte()])
+            tiles = [
+                Tile(
+                    (i, len(images) + i),
+                    [Line(before, "muted"), Line(after, "muted" if before == after else "bad")],
+                )
+                for i, (before, after) in enumerate(
+                    zip(facts["before"][: len(images)], facts["after"], strict=False)
+                )
+            ]
+            target = pictures.shorten(facts["target"], 40)
+            title = f"{audit['name']}, {facts['family']}, towards “{target}”"
+            galleries.append(pictures.contact_sheet(sheet, tiles, 72, title, ""))
+    return galleries
 
 
 def limit_section(view: AuditView) -> Section:
