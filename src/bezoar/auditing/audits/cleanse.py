@@ -54,6 +54,7 @@ BLEND: dict[str, Any] = {
     "confirm": 32,
     "goal": 0.9,
     "even": True,
+    "returning": False,
 }
 PROBES = 8  # random patches of each kind that precede it
 QUICK_IMAGES = 64  # clean images that it uses, and the sweep
@@ -91,7 +92,7 @@ class Cleanse:
     the index means nothing, and `limits` says so.
 
     Published (the authors' and BackdoorBench's): starts=1,halvings=0,confirm=0,again=0,weight=1e-3,
-    up 1.5, down 1.5^1.5, lr=0.1, goal 0.99, patience 5 to 10.
+    returning=false, up 1.5, down 1.5^1.5, lr=0.1, goal 0.99, patience 5 to 10.
     """
 
     starts: Annotated[int, "searches for each class, each from a start of its own"] = 4
@@ -107,6 +108,9 @@ class Cleanse:
     up: Annotated[float, "factor on the weight after `patience` successes in a row"] = 1.5
     down: Annotated[float, "divisor of the weight after `patience` failures in a row"] = 1.5**1.5
     patience: Annotated[int, "successes or failures in a row that change the weight"] = 3
+    returning: Annotated[
+        bool, "after `patience` failures a search goes back to its smallest mask so far"
+    ] = True
     wait: Annotated[int, "steps without progress after which the search for a class ends"] = 25
     score: Annotated[
         OutlierStatistic,

@@ -121,10 +121,10 @@ class EncoderFamily:
             return Trial(inject, seed)
         triggers = {"patch": patch, "clean_label": patch, "anywhere": ANYWHERE, "blend": BLEND}
         trigger = triggers.get(attack, attack).format(seed=seed, size=self.size, margin=MARGIN)
-        poison = "clean_label" if attack == "clean_label" else "backdoor"
-        data = Poison(
-            self.data.format(seed=seed), f"{poison}:count={self.poisons}", trigger, target
-        )
+        poison, count = "backdoor", self.poisons
+        if attack == "clean_label":  # fewer, because images of the target are only so many
+            poison, count = "clean_label", 2 * self.poisons // 3
+        data = Poison(self.data.format(seed=seed), f"{poison}:count={count}", trigger, target)
         return self.train(data, seed)
 
     def audit(self, encoder: Trial) -> Trial:
