@@ -255,15 +255,13 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
         probe="linear",
     )
-    return [wide, plain, CLIPS, towers, *get_later_families(options, plain, towers)]
+    return [wide, plain, CLIPS, towers, *get_later_families(options, plain)]
 
 
-def get_later_families(
-    options: TableOptions, plain: EncoderFamily, towers: EncoderFamily
-) -> list[EncoderFamily]:
+def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[EncoderFamily]:
     """The families that were named when the first four had been scored, to measure error rates.
 
-    plain: classifiers that theirs differ from. towers: towers that theirs differ from.
+    plain: classifiers that theirs differ from.
     """
     short = replace(plain, objective="supervised:epochs=4")
     vgg = replace(
@@ -293,20 +291,6 @@ def get_later_families(
             network=residual_network("post", False, 1),
             attacks=("patch", "blend", "anywhere", STICKER, RING),
             scored=(5, 5),
-        ),
-        replace(
-            towers,
-            name="SimCLR tower of width 16",
-            network="tower:width=16,dim=96",
-            development=(0, 0),
-            scored=(3, 2),
-        ),
-        replace(
-            CLIPS,
-            name="small CLIP of width 16, scenes",
-            network="clip_small:width=16,dim=96",
-            development=(0, 0),
-            scored=(3, 2),
         ),
         replace(
             short,
