@@ -269,7 +269,7 @@ def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[Enco
         name="VGG, CIFAR-10",
         network=vgg_network(CLASSES),
         attacks=("patch", "anywhere", "blend", "clean_label", LINE, STICKER, RING, STRIPES),
-        scored=(6, 8),
+        scored=(10, 8),
     )
     digits = tuple("0123456789")
     return [
@@ -283,7 +283,7 @@ def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[Enco
             objective="supervised:epochs=3,flip=0",
             targets=digits,
             attacks=("patch", "anywhere", "blend"),
-            scored=(4, 3),
+            scored=(8, 3),
         ),
         replace(
             short,
