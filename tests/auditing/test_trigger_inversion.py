@@ -247,29 +247,6 @@ def test_the_weight_follows_the_published_schedule():
     assert seen[1::2] == pytest.approx([5e-3, 25e-3, 5e-3, 1e-3, 2e-4, 1e-4, 1e-3])
 
 
-def test_a_failing_search_returns_to_its_best_mask_at_rest():
-    """Of three searches one fails twice in a row, one succeeds once, and one never had a mask."""
-    recipe = InversionRecipe(9, 2, weight=1e-2, down=2, patience=2, returning=True)
-    start = trigger_search.initial_parameters(3, 4, 4, 0)
-    search = trigger_search.TriggerSearch(start.clone(), recipe)
-    search.best_norm[:2] = 5.0
-    search.best_u[:2] = 0.25
-    drift = torch.full_like(start, 0.1)
-    search.adam_step(drift.clone(), 0)
-    before = search.u.clone()
-    search.update_weights(torch.tensor([False, False, False]))
-    assert torch.equal(search.u, before) and not search.returned.any()
-    search.update_weights(torch.tensor([False, True, False]))
-    assert search.returned.tolist() == [True, False, False]
-    assert search.weights.tolist() == pytest.approx([5e-3, 1e-2, 5e-3])
-    search.adam_step(drift.clone(), 1)  # the gradient of the trigger that it left does not move it
-    assert torch.equal(search.u[0], torch.full_like(start[0], 0.25))
-    assert not torch.isclose(search.u[1:], before[1:]).any(), "the others go on"
-    search.update_weights(torch.tensor([False, False, False]))
-    search.adam_step(drift.clone(), 2)
-    assert (search.u[0] < 0.25).all(), "then it moves again"
-
-
 def test_halvings_keep_the_best_of_each_aim(encoder):
     recipe = InversionRecipe(30, 4, weight=1e-2, goal=0.6, patience=2, wait=99, starts=4)
     clean, aims = images(8), torch.tensor([6, 2])

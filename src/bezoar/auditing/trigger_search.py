@@ -58,8 +58,6 @@ class InversionRecipe:
         cells: of masks and patterns a side, at most, each of several pixels of a larger image; 0:
             one a pixel. While the search lasts, norms and weights are of cells.
         even: the mask has one value all over the image, so that the trigger is a blend.
-        returning: after `patience` failures in a row the search goes back to its smallest trigger
-            that succeeded, at rest. Else a mask that shrank too far may drift to another trigger.
     """
 
     steps: int
@@ -82,7 +80,6 @@ class InversionRecipe:
     window: float = 0.0
     cells: int = 0
     even: bool = False
-    returning: bool = False
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.patience, self.wait, self.starts) < 1:
@@ -198,12 +195,11 @@ class TriggerSearch:
         best_success: (G,), the highest success at any step.
         steps: int64 (G,), steps taken.
         survived: bool (G,), whether the search was not given up at a halving.
-        returned: bool (g,), which have just gone back to their best trigger.
     """
 
     # what has a row for each search that still runs
     RUNNING = ("indices", "u", "first_moment", "second_moment", "weights")
-    COUNTERS = ("successes", "failures", "floor_failures", "idle_steps", "weight_moved", "returned")
+    COUNTERS = ("successes", "failures", "floor_failures", "idle_steps", "weight_moved")
 
     def __init__(self, u: Tensor, recipe: InversionRecipe, aims: Tensor | None = None) -> None:
         """Start from free numbers (G, 4, H, W), which are changed in place.
@@ -231,7 +227,6 @@ class TriggerSearch:
         self.best_success = zeros - 1
         self.steps = torch.zeros(count, dtype=torch.long, device=device)
         self.survived = torch.ones(count, dtype=torch.bool, device=device)
-        self.returned = ~self.survived
 
     def __len__(self) -> int:
         """How many searches still run."""
@@ -279,8 +274,6 @@ class TriggerSearch:
         self.successes = torch.where(raised, 0, self.successes)
         self.failures = torch.where(lowered, 0, self.failures)
         self.weight_moved = self.weight_moved | torch.stack([raised, lowered], 1)
-        if recipe.returning:
-            self.return_to_best(lowered)
         if recipe.resets:
             at_floor = lowered & (self.weights <= recipe.floor)
             self.floor_failures = self.floor_failures + at_floor
@@ -288,21 +281,10 @@ class TriggerSearch:
             self.weights = torch.where(reset, recipe.weight, self.weights)
             self.floor_failures = torch.where(reset, 0, self.floor_failures)
 
-    def return_to_best(self, failing: Tensor) -> None:
-        """Set searches back to their smallest trigger that succeeded, with Adam's moments at zero.
-
-        failing: bool (g,), those that are set back, where they have such a trigger.
-        """
-        self.returned = failing & self.best_norm[self.indices].isfinite()
-        self.u = torch.where(self.returned[:, None, None, None], self.best_u[self.indices], self.u)
-        self.first_moment[self.returned] = 0
-        self.second_moment[self.returned] = 0
-
     def adam_step(self, grad: Tensor, step: int) -> None:
         """Move the free numbers by Adam (Kingma and Ba 2015); grad: (g, 4, H, W), step: from 0."""
         if self.recipe.even:
             grad[:, :1] = grad[:, :1].mean((2, 3), keepdim=True)
-        grad[self.returned] = 0  # it is of the trigger that the search went back from
         beta1, beta2 = ADAM_BETAS
         self.first_moment.lerp_(grad, 1 - beta1)
         self.second_moment.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
