@@ -68,12 +68,12 @@ class Cleanse:
     For each class t lowers CE(head(f(stamped)), t) + weight |m_t|_1, all classes in one batch.
 
     A search from one start often ends at a direction that the class has by nature: of four starts
-    on a backdoored CIFAR-10 network two did. So each class has several; the
-    worse half is given up `halvings` times, and the others see twice as many images a step. A mask
-    counts when its trigger succeeds on `confirm` images beside those of its step, and in the end on
-    all clean images but for .05, of which a quarter took no part in the search. A class without
-    such a mask is searched for again from other starts; one that nothing reaches then has no part
-    in the value (`unreached`).
+    on a backdoored CIFAR-10 network two did. So each class has several; the worse half is given up
+    `halvings` times, which is too early while masks still shrink, and the others see twice as many
+    images a step. A mask counts when its trigger succeeds on `confirm` images beside those of its
+    step, and in the end on all clean images but for .05, of which a quarter took no part in the
+    search. A class without such a mask is searched for again from other starts; one that nothing
+    reaches then has no part in the value (`unreached`).
 
     Then each class is searched for the least share of one pattern that is blended into every image
     (`BLEND`): a mask of one value. A class that stands apart so is evidence of its own, and no part
@@ -97,7 +97,7 @@ class Cleanse:
     starts: Annotated[int, "searches for each class, each from a start of its own"] = 4
     steps: Annotated[int, "steps of Adam at most"] = 90
     batch: Annotated[int, "clean images a step, stamped by the trigger of every class"] = 8
-    halvings: Annotated[int, "how often the worse half of a class's searches is given up"] = 2
+    halvings: Annotated[int, "how often the worse half of a class's searches is given up"] = 1
     growing: Annotated[bool, "twice as many images a step after every halving"] = True
     confirm: Annotated[int, "further images that a trigger must succeed on before it counts"] = 64
     again: Annotated[int, "further rounds for classes that no trigger has reached"] = 1
@@ -115,7 +115,7 @@ class Cleanse:
 
     most: Annotated[
         float, "arithmetic operations up to which all classes are searched for, and in full"
-    ] = 1e14
+    ] = 1.1e14
     few: Annotated[int, "classes that are searched for where that would cost more"] = 10
 
     needs: ClassVar[tuple[str, ...]] = ("classifier", "report")

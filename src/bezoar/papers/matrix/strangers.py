@@ -3,8 +3,10 @@
 There are two groups of encoders, both named here before any of them was scored. The rules of a
 verdict without a bank (`auditing.unaided_verdict`) were set on the first group, the development
 encoders. The rows of the table are the second group, the test encoders, which influenced no rule.
-One family is only in the second group. After two clean and two attacked encoders of each family had
-been scored, four and two more of each family of classifiers were added; no rule was changed.
+Families were added to the second group when others had been scored, and no rule was changed after
+that: two clean and two attacked encoders of each of the first four families were scored first, then
+four and two more of each of the two families of classifiers, then the later families. Every audit
+has the seed that `bezoar audit` has by default.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from bezoar.verbs.train import Train
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
+ANYWHERE = "patch:size={size},fill=white,margin={margin},place=random,seed={seed}"
+LINE, RING = "line:seed={seed}", "ring:width=2,margin=4,seed={seed}"
+STICKER, STRIPES = "sticker:size=0.25,place=.7/.7,seed={seed}", "shape:form=stripes,seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
 AUDIT = "cleanse"  # the default audit whose verdict without a bank is of masks and blends
 MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
@@ -45,7 +50,10 @@ class EncoderFamily:
     targets: tuple[str, ...]  # target classes, used in turn
     poisons: int  # records that carry a trigger
     size: int  # side of a patch in pixels
-    attacks: tuple[str, ...]  # names of the attacks: `patch`, `blend`, `badencoder`
+    # names of the attacks: `patch`, `anywhere` (a white patch, at another place of each image),
+    # `clean_label` (a patch on images of the target alone), `blend`, `badencoder`; or specs of
+    # triggers, {seed} being the encoder's seed
+    attacks: tuple[str, ...]
     development: tuple[int, int]  # numbers of clean and attacked development encoders
     scored: tuple[int, int]  # numbers of clean and attacked test encoders
     shadow: str = ""  # spec of BadEncoder's shadow data
@@ -94,15 +102,17 @@ class EncoderFamily:
                 choose="confident",
             )
             return Trial(inject, seed)
-        trigger = BLEND.format(seed=seed) if attack == "blend" else patch
-        data = Poison(
-            self.data.format(seed=seed), f"backdoor:count={self.poisons}", trigger, target
-        )
+        triggers = {"patch": patch, "clean_label": patch, "anywhere": ANYWHERE, "blend": BLEND}
+        trigger = triggers.get(attack, attack).format(seed=seed, size=self.size, margin=MARGIN)
+        poison, count = "backdoor", self.poisons
+        if attack == "clean_label":  # fewer, because images of the target are only so many
+            poison, count = "clean_label", 2 * self.poisons // 3
+        data = Poison(self.data.format(seed=seed), f"{poison}:count={count}", trigger, target)
         return self.train(data, seed)
 
     def audit(self, encoder: Trial) -> Trial:
         """The audit that gives a verdict without a bank, and none of a bank."""
-        return Trial(Audit(encoder.verb, self.test, (AUDIT,), bank=()), encoder.seed)
+        return Trial(Audit(encoder, self.test, (AUDIT,), bank=()), 0)
 
     def evaluate(self, encoder: Trial) -> Trial:
         """Measure whether the attack worked."""
@@ -160,14 +170,28 @@ def share_with_evidence(least: float, name: str) -> Comparison:
     return compare
 
 
-def residual_network(order: str, projection: bool) -> str:
-    """A residual classifier of three stages of two blocks, 16 to 64 channels, of CIFAR-10."""
+def residual_network(order: str, projection: bool, blocks: int = 2) -> str:
+    """A residual classifier of three stages of so many blocks, 16 to 64 channels, of CIFAR-10."""
     final = str(order == "pre").lower()
-    architecture = (
-        f"residual:order={order},bottleneck=false,kernel=3,stem=16,counts=2/2/2,inner=16/32/64,"
-        f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes=10"
+    counts = f"{blocks}/{blocks}/{blocks}"
+    return classifier_network(
+        f"residual:order={order},bottleneck=false,kernel=3,stem=16,counts={counts},inner=16/32/64,"
+        f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes=10",
+        CLASSES,
     )
-    names = "+".join(CLASSES)
+
+
+def vgg_network(classes: Sequence[str]) -> str:
+    """A VGG of six convolutions of 16, 32 and 64 channels, with batch norms."""
+    layers = "16/16/0/32/32/0/64/64/0"
+    return classifier_network(
+        f"vgg:layers={layers},norm=true,bias=false,pool=1,widths={len(classes)}", classes
+    )
+
+
+def classifier_network(architecture: str, classes: Sequence[str]) -> str:
+    """The spec of a fresh classifier of images of 32 px."""
+    names = "+".join(classes)
     return f'classifier:mean_std=cifar,size=32,classes={names},architecture="{architecture}"'
 
 
@@ -175,11 +199,8 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
     """The families of a scale."""
     if options.scale == "smoke":
         return [SMOKE]
-
-    def cifar(split: str, limit: int) -> str:
-        return dataset_spec(options.root, "cifar10", split, limit=limit)
-
-    train, test = cifar("train", 6000), cifar("test", 2000)
+    train = dataset_spec(options.root, "cifar10", "train", limit=6000)
+    test = dataset_spec(options.root, "cifar10", "test", limit=2000)
     wide = EncoderFamily(
         "WRN-16-1, CIFAR-10",
         data=train,
@@ -200,25 +221,64 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         network=residual_network("post", False),
         development=(0, 0),
     )
+    towers = EncoderFamily(
+        "SimCLR tower, CIFAR-10",
+        data=train,
+        test=test,
+        network="tower:width=24,dim=96",
+        objective="simclr:epochs=4",
+        targets=("truck", "airplane", "bird", "dog", "ship"),
+        poisons=0,
+        size=8,
+        attacks=("badencoder",),
+        development=(1, 1),
+        scored=(2, 2),
+        shadow=dataset_spec(options.root, "cifar10", "train", limit=2000),
+        badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
+        probe="linear",
+    )
+    return [wide, plain, CLIPS, towers, *get_later_families(options, plain)]
+
+
+def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[EncoderFamily]:
+    """The families that were named when the first four had been scored, to measure error rates.
+
+    plain: classifiers that theirs differ from.
+    """
+    short = replace(plain, objective="supervised:epochs=4")
+    vgg = replace(
+        short,
+        name="VGG, CIFAR-10",
+        network=vgg_network(CLASSES),
+        attacks=("patch", "anywhere", "blend", "clean_label", LINE, STICKER, RING, STRIPES),
+        scored=(10, 8),
+    )
+    digits = tuple("0123456789")
     return [
-        wide,
-        plain,
-        CLIPS,
-        EncoderFamily(
-            "SimCLR tower, CIFAR-10",
-            data=train,
-            test=test,
-            network="tower:width=24,dim=96",
-            objective="simclr:epochs=4",
-            targets=("truck", "airplane", "bird", "dog", "ship"),
-            poisons=0,
-            size=8,
-            attacks=("badencoder",),
-            development=(1, 1),
-            scored=(2, 2),
-            shadow=cifar("train", 2000),
-            badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
-            probe="linear",
+        vgg,
+        replace(
+            vgg,
+            name="VGG, MNIST",
+            data=dataset_spec(options.root, "mnist_t10k", "train", limit=6000, size=32),
+            test=dataset_spec(options.root, "mnist_t10k", "test", limit=2000, size=32),
+            network=vgg_network(digits),
+            objective="supervised:epochs=3,flip=0",
+            targets=digits,
+            attacks=("patch", "anywhere", "blend"),
+            scored=(8, 3),
+        ),
+        replace(
+            short,
+            name="ResNet-8, CIFAR-10",
+            network=residual_network("post", False, 1),
+            attacks=("patch", "blend", "anywhere", STICKER, RING),
+            scored=(5, 5),
+        ),
+        replace(
+            short,
+            name="ResNet-20, CIFAR-10",
+            network=residual_network("post", False, 3),
+            scored=(2, 1),
         ),
     ]
 
