@@ -30,6 +30,9 @@ def check_arguments(source: VerbSource, arguments: Any) -> None:
         if field.takes.what and value is not None:
             for text in value if isinstance(value, tuple) else (value,):
                 check_input(field.takes.what, text, arguments)
+    for name, what in source.class_variables.get("run_fields", {}).items():
+        if text := getattr(arguments, name):
+            check_input(what, text, arguments)
     check_gate(source, arguments)
 
 
@@ -45,6 +48,9 @@ def check_input(what: str, text: str, arguments: Any) -> None:
     name = spec.partition(":")[0].strip()
     if kind == "data" and name in PATHS and "path" in fields:
         PATHS[name](registry.convert_text(fields["path"], str, "path"))
+    inner = method_source.class_variable(kind, spec, "run_fields") or {}
+    for field in inner.keys() & fields.keys():
+        check_input(inner[field], registry.convert_text(fields[field], str, field), arguments)
 
 
 def check_gate(source: VerbSource, arguments: Any) -> None:
@@ -59,10 +65,12 @@ def check_gate(source: VerbSource, arguments: Any) -> None:
     field, flag = needs[case]
     kind = next(f.takes.what for f in source.fields if f.name == field)
     specs = getattr(arguments, field)
-    if not any(method_source.has_flag(kind, spec, flag) for spec in specs):
-        able = [
-            name for name in registry.method_names(kind) if method_source.has_flag(kind, name, flag)
-        ]
+
+    def decides(spec: str) -> bool:
+        return method_source.class_variable(kind, spec, flag) is True
+
+    if not any(map(decides, specs)):
+        able = list(filter(decides, registry.method_names(kind)))
         raise UserError(
             f"--fail-on {case}: of {', '.join(specs) or 'no ' + kind} none says whether there is "
             f"one; --{field} {able[0] if able else 'MINE.py'} does (a {kind} of your own says so "
