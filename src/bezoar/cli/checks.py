@@ -10,16 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from bezoar import method_source, registry
-from bezoar.data.files.paths import existing_folder, expand_paths
+from bezoar.data.files.paths import existing_file, existing_folder, expand_paths
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 from bezoar.runs.verb import find_input
 from bezoar.runs.verb_source import VerbSource
 
-PATHS: dict[str, Callable[[str], Any]] = {  # of data methods: how the value of `path` is looked up
-    "shards": lambda path: expand_paths(path),
-    "table": lambda path: expand_paths(path, "tables", ".parquet"),
-    "folder": lambda path: existing_folder(path, "folder of images"),
+# How the value of `path` is looked up, by kind and name of the method.
+PATHS: dict[tuple[str, str], Callable[[str], Any]] = {
+    ("data", "shards"): lambda path: expand_paths(path),
+    ("data", "table"): lambda path: expand_paths(path, "tables", ".parquet"),
+    ("data", "folder"): lambda path: existing_folder(path, "folder of images"),
+    ("trigger", "file"): lambda path: existing_file(path, "file"),
 }
 
 
@@ -46,8 +48,8 @@ def check_input(what: str, text: str, arguments: Any) -> None:
     kind, spec = resolved
     fields = method_source.check_spec(kind, spec)
     name = spec.partition(":")[0].strip()
-    if kind == "data" and name in PATHS and "path" in fields:
-        PATHS[name](registry.convert_text(fields["path"], str, "path"))
+    if (kind, name) in PATHS and "path" in fields:
+        PATHS[kind, name](registry.convert_text(fields["path"], str, "path"))
     inner = method_source.class_variable(kind, spec, "run_fields") or {}
     for field in inner.keys() & fields.keys():
         check_input(inner[field], registry.convert_text(fields[field], str, field), arguments)
