@@ -254,7 +254,7 @@ def test_a_method_is_shown_with_all_that_it_says(capsys):
         ("scan {data} --reference clean-modle", "no file or folder of that name"),
         (
             "scan {data} --reference no/model.pth",
-            "no file or folder of that name; there is no folder no;",
+            "of that name; there is no folder no;",
         ),
         ("scan {data} --detector common_cause:reference=no.pth", "no file or folder of that name"),
         ("scan {data} --detector ./mien.py", "to read a detector from (did you mean ./mine.py?)"),
