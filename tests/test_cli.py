@@ -586,8 +586,8 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
 
 def test_help_names_inputs_as_readme_does(capsys):
     assert (
-        main(["list", "dao"]) == 2
-        and "no kind 'dao' of methods; there are: data, trigger" in capsys.readouterr().err
+        main(["list", "dap"]) == 2
+        and "no kind 'dap' of methods; there are: data, trigger" in capsys.readouterr().err
     )
     for words, shown in (
         (["scan", "--help"], ("DATA", "--encoder ENCODER", "--detector DETECTOR ...")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bezoar import registry
+from bezoar.errors import UserError, first_line
 
 
 class FieldDescription(NamedTuple):
@@ -22,11 +24,15 @@ class FieldDescription(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """A method's description, from its source text."""
+    """A method's description, from its source text.
+
+    summary: the first paragraph of the file's docstring. text: the rest of it, and the class's.
+    """
 
     name: str
     summary: str
     fields: tuple[FieldDescription, ...]
+    text: str
 
 
 class FieldNode(NamedTuple):
@@ -45,8 +51,8 @@ def first_paragraph(docstring: str | None) -> str:
 
 def describe(path: Path) -> Description:
     """Read a method's docstring and fields from its source text; nothing is imported or run."""
-    module = ast.parse(path.read_text())
-    summary = first_paragraph(ast.get_docstring(module))
+    module = read_module(path)
+    docstring = ast.get_docstring(module) or ""
     cls = class_node(module, registry.class_name(path.stem))
     fields = []
     for field in field_nodes(cls) if cls else ():
@@ -61,7 +67,17 @@ def describe(path: Path) -> Description:
             str(ast.literal_eval(field.marks[0])) if field.marks else "",
         )
         fields.append(description)
-    return Description(path.stem, summary, tuple(fields))
+    texts = [docstring.partition("\n\n")[2], (ast.get_docstring(cls) if cls else "") or ""]
+    text = "\n\n".join(filter(None, texts))
+    return Description(path.stem, first_paragraph(docstring), tuple(fields), text)
+
+
+def read_module(path: Path) -> ast.Module:
+    """Parse a method's file. Raises UserError for a file that is no Python source."""
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is no Python source: {first_line(error)}") from error
 
 
 def class_node(module: ast.Module, name: str) -> ast.ClassDef | None:
@@ -127,13 +143,16 @@ def check_spec(kind: str, text: str) -> dict[str, str]:
     return registry.split_fields(kind, name, rest, [field.name for field in describe(path).fields])
 
 
-def has_flag(kind: str, text: str, flag: str) -> bool:
-    """Whether a spec's method sets a class variable to True. Raises UserError for no method."""
+def class_variable(kind: str, text: str, name: str) -> Any:
+    """The value of a class variable of a spec's method; None where it is no literal, or not set.
+
+    Raises UserError for no method.
+    """
     path = registry.method_path(kind, text.strip().partition(":")[0])
-    cls = class_node(ast.parse(path.read_text(encoding="utf-8")), registry.class_name(path.stem))
+    cls = class_node(read_module(path), registry.class_name(path.stem))
     for node in cls.body if cls else ():
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        value = getattr(node, "value", None)
-        if any(isinstance(t, ast.Name) and t.id == flag for t in targets):
-            return isinstance(value, ast.Constant) and value.value is True
-    return False
+        if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+            with contextlib.suppress(ValueError, TypeError):
+                return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    return None

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bezoar.errors import UserError, expand_home, suggest
+from bezoar.errors import UserError, describe_neighbours, expand_home, suggest
 
 KINDS = {  # kind of method -> the folder of its package
     "data": "data/sources",
@@ -170,13 +170,16 @@ def method_path(kind: str, name: str) -> Path:
     if name.endswith(".py"):
         path = expand_home(name).resolve()
         if not os.path.isfile(path):  # Path.is_file raises for a text that no name can be
-            raise UserError(f"no file {name!r} to read a {kind} from")
+            raise UserError(f"no file {name!r} to read a {kind} from{describe_neighbours(name)}")
         return path
     if name in (names := method_names(kind)):
         return PACKAGE / KINDS[kind] / f"{name}.py"
+    if "." in name or (kind != "paper" and "/" in name):  # no method's name, but that of a file
+        raise UserError(f"no {kind} {name!r}, and no file{describe_neighbours(name)}")
     hint = suggest(name, names)
+    what = {"data": "data, file or folder", "network": "network, file or folder"}.get(kind, kind)
     raise UserError(
-        f"no {kind} {name!r}{hint}; there are: {', '.join(names)}, or a path to a .py file"
+        f"no {what} {name!r}{hint}; there are: {', '.join(names)}, or a path to a .py file"
     )
 
 

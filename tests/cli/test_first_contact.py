@@ -231,6 +231,54 @@ def test_wrong_arguments_are_told_without_torch(words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_method_is_shown_with_all_that_it_says(capsys):
+    assert main(["list", "detector", "dao"]) == 0
+    printed = capsys.readouterr().out
+    assert "Huang" in printed and "Returns" not in printed.split("dao:")[0]
+    about = cli.commands.describe_method("detector", "dao")
+    assert all(f"      {f.name}: {f.type}" in printed for f in about.fields)
+    assert main(["list", "detector", "dao", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["detector"]
+    assert shown["name"] == "dao" and shown["text"] == about.text
+    for words, says in {
+        ("detector", "dap"): "did you mean dao",
+        ("dao",): "did you mean `list detector dao`",
+    }.items():
+        assert main(["list", *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("scan {data} --reference clean-modle", "no file or folder of that name"),
+        (
+            "scan {data} --reference no/model.pth",
+            "of that name; there is no folder no;",
+        ),
+        ("scan {data} --detector common_cause:reference=no.pth", "no file or folder of that name"),
+        ("scan {data} --detector ./mien.py", "to read a detector from (did you mean ./mine.py?)"),
+        ("scan {data} --detector ./empty/mine.py", "there is no folder ./empty"),
+        ("scan {data} --detector ./broken.py", "broken.py is no Python source"),
+        ("scan photo", "did you mean photos?"),
+        ("scan ./photo", "no file or folder './photo' (did you mean ./photos?)"),
+        ("scan folder:path=photo", "no folder of images 'photo' (did you mean photos?)"),
+        ("poison {data} --trigger truk.png --target x", "no file (did you mean truck.png?)"),
+        ("poison {data} --trigger file:path=q.png --target x", "this folder holds broken.py, mine"),
+        ("audit weights:path=q.pth --data {data}", "'q.pth'; this folder holds"),
+    ],
+)
+def test_a_path_that_is_wrong_is_told_with_what_is_there(
+    words, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name, text in {"mine.py": "", "broken.py": "def (", "truck.png": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert main(words.format(data="scenes:count=60").split()) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_command_alone_prints_help():
     done = subprocess.run([sys.executable, "-m", "bezoar"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -238,6 +238,10 @@ def test_a_scan_with_a_reference(tmp_path):
     spelt = Scan(suspect, detector=(f"common_cause:reference={other.path}",))
     scores = [(execute(s, settings).path / "scores.csv").read_text() for s in (scan, spelt)]
     assert scores[0] == scores[1]
+    start = other.name[:9]
+    assert execute(replace(scan, reference=start), settings).path == run.path
+    named = Scan(suspect, detector=(f"common_cause:reference={start}",))
+    assert execute(named, settings).path == execute(spelt, settings).path
     with pytest.raises(UserError, match="no detector that is asked for takes a reference"):
         execute(Scan(suspect, detector=("clip_score",), reference=str(other.path)), settings)
     with pytest.raises(UserError, match="no-such-encoder"):

@@ -1,8 +1,11 @@
 """Cut every verb off at every operation on a file, and ask again: the answer must be that of the
 run that nobody disturbed.
 
-python tests/hostile/kills.py FOLDER [--mode kill,full,once] [--only VERB,...] [--sample N] [--part
-0 --parts 2]
+python tests/hostile/kills.py FOLDER [--mode kill,full,once] [--chains N] [--only VERB,...]
+                              [--sample N] [--part 0 --parts 2]
+
+A chain cuts one command off again and again, each time a few operations after it went on, until it
+ends: for verbs that run for long and write much.
 
 Prints a JSON line for each operation that left something behind, then a line of totals; exits with
 1 if any did. Each run is a fork of this process, which has imported everything. Clocks stand still
@@ -18,6 +21,7 @@ import importlib
 import json
 import os
 import pkgutil
+import random
 import re
 import resource
 import shutil
@@ -46,6 +50,7 @@ from bezoar.training import loop
 
 SECONDS = 180  # for one run
 LINES = 3  # that a refusal may take
+STRIDE = 64  # operations that a link of a chain goes on for, at most
 PROGRESS = re.compile(r"[\w ]+: [\d.]+ s|")
 NOW = time.gmtime(1_800_000_000)
 TINY = "tower:width=4,dim=8"
@@ -411,7 +416,7 @@ def sweep_case(
     expected = snapshot(world.path)
     chosen = sample_operations(log, options.sample)
     mine = [n for i, n in enumerate(chosen) if i % options.parts == options.part]
-    for mode in options.mode.split(","):
+    for mode in filter(None, options.mode.split(",")):
         for at in mine:
             if mode != "kill" and log[at - 1].split()[0] not in GROWING:
                 continue
@@ -426,18 +431,45 @@ def sweep_case(
                 faults.append(f"asked again: status {again.status}: {said}")
             faults += differences(expected, snapshot(world.path))
             totals.note(case.name, mode, at, log[at - 1], faults)
+    for chain in range(options.part, options.chains, options.parts):
+        world.reset()
+        again = follow_chain(case.name, words, world, chain, totals)
+        faults = differences(expected, snapshot(world.path))
+        if (again.status, again.out) != (reference.status, reference.out):
+            faults.append(f"in the end: status {again.status}: {again.err.strip()[-300:]}")
+        totals.note(case.name, "chain", chain, "end", faults)
     seconds = time.monotonic() - start
     print(
-        f"{case.name}: {len(log)} operations, {len(mine)} of them here, {took:.1f} s a run, "
-        f"{seconds:.0f} s",
+        f"{case.name}: {len(log)} operations, {len(mine) if options.mode else 0} of them here, "
+        f"{took:.1f} s a run, {seconds:.0f} s",
         flush=True,
     )
+
+
+def follow_chain(name: str, words: list[str], world: World, seed: int, totals: Totals) -> Outcome:
+    """Cut a command off, go on with it and cut it off a few operations later, up to its end.
+
+    Returns how it ended.
+    """
+    draws = random.Random(f"{name} {seed}")
+    while True:
+        at, mode = draws.randint(1, STRIDE), draws.choice(("kill", "kill", "full"))
+        outcome = run(words, world.path, at, mode)
+        log = world.path.with_suffix(".log").read_text().splitlines()
+        if len(log) < at:
+            return outcome
+        # What was killed before may still lie about.
+        faults = [f for f in refusal_faults(outcome, world.path) if not f.startswith("left")]
+        if mode == "kill":
+            faults = [] if outcome.status == -signal.SIGKILL else [f"status {outcome.status}"]
+        totals.note(name, f"chain {seed}, {mode}", at, log[at - 1], faults)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mode", default="kill,full,once")
+    parser.add_argument("--chains", type=int, default=0, help="of each case")
     parser.add_argument("--only", default="")
     parser.add_argument("--sample", type=int, default=0, help="operations a case; 0: all")
     parser.add_argument("--part", type=int, default=0)

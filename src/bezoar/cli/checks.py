@@ -10,16 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 from bezoar import method_source, registry
-from bezoar.data.files.paths import existing_folder, expand_paths
+from bezoar.data.files.paths import existing_file, existing_folder, expand_paths
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
 from bezoar.runs.verb import find_input
 from bezoar.runs.verb_source import VerbSource
 
-PATHS: dict[str, Callable[[str], Any]] = {  # of data methods: how the value of `path` is looked up
-    "shards": lambda path: expand_paths(path),
-    "table": lambda path: expand_paths(path, "tables", ".parquet"),
-    "folder": lambda path: existing_folder(path, "folder of images"),
+# How the value of `path` is looked up, by kind and name of the method.
+PATHS: dict[tuple[str, str], Callable[[str], Any]] = {
+    ("data", "shards"): lambda path: expand_paths(path),
+    ("data", "table"): lambda path: expand_paths(path, "tables", ".parquet"),
+    ("data", "folder"): lambda path: existing_folder(path, "folder of images"),
+    ("trigger", "file"): lambda path: existing_file(path, "file"),
 }
 
 
@@ -30,6 +32,9 @@ def check_arguments(source: VerbSource, arguments: Any) -> None:
         if field.takes.what and value is not None:
             for text in value if isinstance(value, tuple) else (value,):
                 check_input(field.takes.what, text, arguments)
+    for name, what in source.class_variables.get("run_fields", {}).items():
+        if text := getattr(arguments, name):
+            check_input(what, text, arguments)
     check_gate(source, arguments)
 
 
@@ -43,8 +48,11 @@ def check_input(what: str, text: str, arguments: Any) -> None:
     kind, spec = resolved
     fields = method_source.check_spec(kind, spec)
     name = spec.partition(":")[0].strip()
-    if kind == "data" and name in PATHS and "path" in fields:
-        PATHS[name](registry.convert_text(fields["path"], str, "path"))
+    if (kind, name) in PATHS and "path" in fields:
+        PATHS[kind, name](registry.convert_text(fields["path"], str, "path"))
+    inner = method_source.class_variable(kind, spec, "run_fields") or {}
+    for field in inner.keys() & fields.keys():
+        check_input(inner[field], registry.convert_text(fields[field], str, field), arguments)
 
 
 def check_gate(source: VerbSource, arguments: Any) -> None:
@@ -59,10 +67,12 @@ def check_gate(source: VerbSource, arguments: Any) -> None:
     field, flag = needs[case]
     kind = next(f.takes.what for f in source.fields if f.name == field)
     specs = getattr(arguments, field)
-    if not any(method_source.has_flag(kind, spec, flag) for spec in specs):
-        able = [
-            name for name in registry.method_names(kind) if method_source.has_flag(kind, name, flag)
-        ]
+
+    def decides(spec: str) -> bool:
+        return method_source.class_variable(kind, spec, flag) is True
+
+    if not any(map(decides, specs)):
+        able = list(filter(decides, registry.method_names(kind)))
         raise UserError(
             f"--fail-on {case}: of {', '.join(specs) or 'no ' + kind} none says whether there is "
             f"one; --{field} {able[0] if able else 'MINE.py'} does (a {kind} of your own says so "

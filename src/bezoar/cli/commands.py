@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,20 @@ LONGEST = {"run": 40, "of": 48, "status": 12, "when": 20, "finding": 120}  # cha
 
 
 def show_methods(arguments: forms.List) -> None:
-    """`bezoar list [KIND]`."""
+    """`bezoar list [KIND] [NAME]`."""
     if arguments.kind not in (None, *registry.KINDS):
         kinds = ", ".join(registry.KINDS)
-        hint = suggest(str(arguments.kind), registry.KINDS)
+        holders = [k for k in registry.KINDS if arguments.kind in registry.method_names(k)]
+        hint = "".join(f" (did you mean `list {k} {arguments.kind}`?)" for k in holders[:1])
+        hint = hint or suggest(str(arguments.kind), registry.KINDS)
         raise UserError(f"no kind {arguments.kind!r} of methods{hint}; there are: {kinds}")
+    if arguments.name:
+        registry.method_path(arguments.kind, arguments.name)
     methods = {
-        kind: [describe_method(kind, name) for name in registry.method_names(kind)]
+        kind: [
+            describe_method(kind, name)
+            for name in ([arguments.name] if arguments.name else registry.method_names(kind))
+        ]
         for kind in ([arguments.kind] if arguments.kind else registry.KINDS)
     }
     if arguments.json:
@@ -46,6 +54,8 @@ def show_methods(arguments: forms.List) -> None:
         print(kind)
         for method in descriptions:
             print(f"  {method.name}: {method.summary}")
+            if arguments.name and method.text:
+                print("", textwrap.indent(method.text, "    "), "", sep="\n")
             for field in method.fields if arguments.kind else ():
                 default = f" = {field.default}" if field.default else ""
                 print(f"      {field.name}: {field.type}{default}  {field.help}")
@@ -53,8 +63,7 @@ def show_methods(arguments: forms.List) -> None:
 
 def describe_method(kind: str, name: str) -> method_source.Description:
     """A method's description from its source text, under its name in specs."""
-    path = registry.PACKAGE / registry.KINDS[kind] / f"{name}.py"
-    return dataclasses.replace(method_source.describe(path), name=name)
+    return dataclasses.replace(method_source.describe(registry.method_path(kind, name)), name=name)
 
 
 def show_runs(arguments: forms.Runs) -> None:

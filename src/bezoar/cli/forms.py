@@ -111,12 +111,15 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class List:
-    """All methods, or those of one kind, with their fields."""
+    """All methods, those of one kind with their fields, or one method with all that it says."""
 
     kind: Annotated[
         str | None,
         tyro.conf.Positional,
         help_text(f"of {', '.join(registry.KINDS)}", "[KIND]"),
+    ] = None
+    name: Annotated[
+        str | None, tyro.conf.Positional, help_text("of a method of this kind", "[NAME]")
     ] = None
     json: Annotated[bool, help_text("print it as one JSON object")] = False
 

@@ -32,6 +32,7 @@ from bezoar.runs.verb import (
     Trial,
     Verb,
     check_verb,
+    find_inner_runs,
     fingerprint,
     input_fields,
     input_to_json,
@@ -93,7 +94,7 @@ def execute(verb: Verb, settings: Settings) -> Run:
     Raises:
         UserError: if the user's input is at fault, or a file cannot be read or written.
     """
-    verb = check_verb(verb)
+    verb = find_inner_runs(check_verb(verb), settings.runs)
     select_device(settings.device)
     if not 0 <= settings.seed <= MAX_SEED:
         raise UserError(f"seed must be 0 or more, below 2**32; got {settings.seed}")

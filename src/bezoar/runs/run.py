@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from bezoar.data.files import parquet
 from bezoar.data.files.artefacts import Facts, read_facts, shown
-from bezoar.errors import UserError, suggest
+from bezoar.errors import UserError, describe_neighbours, suggest
 from bezoar.runs.summary import SUMMARY, Summary, read_summary
 from bezoar.terminal import clean_line
 
@@ -310,6 +310,8 @@ def get_run(runs: Path, text: str, holds: str = "") -> Run:
     more = f", ... ({len(names)})" if len(names) > MAX_NAMES else ""
     file = ", and no file or folder of that name" if holds else ""
     hint = suggest(text, [*names, *os.listdir()] if holds else names)
+    if "/" in text:
+        hint = describe_neighbours(text)
     raise UserError(f"no run {text!r} in {runs}{file}{hint}; runs there are: {listed}{more}")
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from bezoar import method_source, registry
 from bezoar.data.files.paths import IMAGE_SUFFIXES, open_regular
-from bezoar.errors import UserError, suggest
+from bezoar.errors import UserError, describe_neighbours, suggest
 from bezoar.runs.run import Run, find_run, get_run, newest_runs
 
 if TYPE_CHECKING:
@@ -272,7 +272,23 @@ def find_input(text: str, what: str, runs: Path) -> Run | tuple[str, str]:
 def resolve_text(text: str, what: str, runs: Path) -> Any:
     """The run or configured method that a text names; see `find_input`."""
     resolved = find_input(text, what, runs)
-    return resolved if isinstance(resolved, Run) else registry.make(*resolved)
+    if isinstance(resolved, Run):
+        return resolved
+    return find_inner_runs(registry.make(*resolved), runs)
+
+
+def find_inner_runs(configured: Any, runs: Path) -> Any:
+    """A verb or a method, with the directory of a run where a field holds the start of its name.
+
+    The fields are those of its class variable `run_fields`, each with what it takes (see `Takes`);
+    they hold texts. Raises UserError as `find_input` does.
+    """
+    changes = {}
+    for name, what in getattr(configured, "run_fields", {}).items():
+        resolved = find_input(text, what, runs) if (text := getattr(configured, name)) else None
+        if isinstance(resolved, Run):
+            changes[name] = str(resolved.path)
+    return dataclasses.replace(configured, **changes) if changes else configured
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:
@@ -366,5 +382,5 @@ def spec_of_path(kind: str, text: str) -> str:
     if "/" in text and path.suffix != ".py":
         if is_there:
             raise UserError(f"{text}: its ending does not say what it is; write METHOD:{text}")
-        raise UserError(f"no file or folder {text!r}")
+        raise UserError(f"no file or folder {text!r}{describe_neighbours(text)}")
     return text

@@ -62,6 +62,7 @@ class Scan:
 
     sweeps: ClassVar[bool] = True
     fail_on: ClassVar[dict[str, str]] = {"trigger": "a detector finds a trigger"}
+    run_fields: ClassVar[dict[str, str]] = {"reference": "encoder"}
     gate_needs: ClassVar[dict[str, tuple[str, str]]] = {"trigger": ("detector", "decides")}
     main_files: ClassVar[tuple[str, ...]] = (
         "keep.txt",

@@ -51,6 +51,7 @@ ShadowBank = dict[str, Tensor]
 class Mntd:
     """Value: the meta-classifier's logit; 0 is undecided, above 0 attacked."""
 
+    run_fields: ClassVar[dict[str, str]] = {"bank": "bank"}
     needs: ClassVar[tuple[str, ...]] = ()
 
     bank: Annotated[

@@ -31,7 +31,7 @@ from bezoar.data.files.paths import open_regular
 from bezoar.data.files.skipped import Unreadable
 from bezoar.data.files.torch_files import load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
-from bezoar.errors import UserError, expand_home, first_line
+from bezoar.errors import UserError, describe_neighbours, expand_home, first_line
 
 MAX_BYTES = 64 << 20  # of a file, and of everything it unpacks to
 MAX_MEMBERS = 64  # of an archive
@@ -60,7 +60,7 @@ def file_state(path: str) -> FileState:
     """
     file = expand_home(path)
     if not os.path.isfile(file):
-        raise UserError(f"no file {path!r}")
+        raise UserError(f"no file {path!r}{describe_neighbours(str(path))}")
     status = file.stat()
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 

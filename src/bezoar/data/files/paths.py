@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 
 from bezoar.data.files.skipped import Unreadable
-from bezoar.errors import UserError, expand_home
+from bezoar.errors import UserError, describe_neighbours, expand_home
 
 FILE_BYTES = 64 << 20  # the largest encoded image that is read
 TEXT_BYTES = 4 << 20  # the largest caption or metadata object that is read
@@ -122,7 +122,7 @@ def existing_file(path: str, what: str) -> Path:
     """Return the path of a file that exists. Raises UserError, which calls the file `what`."""
     expanded = expand_home(path)
     if not os.path.isfile(expanded):
-        raise UserError(f"no {what} {path!r}")
+        raise UserError(f"no {what} {path!r}{describe_neighbours(path)}")
     return expanded
 
 
@@ -130,7 +130,7 @@ def existing_folder(path: str, what: str) -> Path:
     """Return the path of a folder that exists. Raises UserError, which calls the folder `what`."""
     expanded = expand_home(path)
     if not os.path.isdir(expanded):
-        raise UserError(f"no {what} {path!r}")
+        raise UserError(f"no {what} {path!r}{describe_neighbours(path)}")
     return expanded
 
 
@@ -170,7 +170,7 @@ def expand_paths(text: str, what: str = "shards", ending: str = ".tar") -> tuple
     if missing:
         raise UserError(
             f"{what} {text!r}: {len(missing)} of {len(paths)} are missing, the first is "
-            f"{missing[0]}"
+            f"{missing[0]}{describe_neighbours(str(missing[0]))}"
         )
     if not paths:
         folder = Path(text).expanduser()

@@ -38,6 +38,7 @@ class CrossEncoder:
         "needed: an encoder of other origin: a file of weights, a run's directory or a spec",
     ] = ""
 
+    run_fields: ClassVar[dict[str, str]] = {"reference": "encoder"}
     needs: ClassVar[tuple[str, ...]] = ("clean",)
 
     def files(self) -> list[Path]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from bezoar.detection.detectors import RecordEncoder, Records, caption_cosines
 from bezoar.detection.reference_reading import open_reference, reference_files
@@ -27,6 +27,8 @@ class ClipScore:
         str,
         "an independent encoder: a file of weights, a run's directory or a spec; empty: the scan's",
     ] = ""
+
+    run_fields: ClassVar[dict[str, str]] = {"encoder": "encoder"}
 
     def files(self) -> list[Path]:
         """Return what scores depend on besides the fields: weights of the independent encoder."""

@@ -97,6 +97,7 @@ class CommonCause:
         "the dictionary: a file of weights, a run's directory or a network's spec",
     ] = ""
 
+    run_fields: ClassVar[dict[str, str]] = {"reference": "encoder"}
     needs: ClassVar[tuple[str, ...]] = ("report",)
     decides: ClassVar[bool] = True
     reads_training: ClassVar[bool] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class CrossEncoder:
     ] = "auto"
     groups: Annotated[int, "caption groups (k-means of the captions' vectors)"] = 32
     seed: Annotated[int, "seed of the groups"] = 0
+
+    run_fields: ClassVar[dict[str, str]] = {"reference": "encoder"}
 
     def __post_init__(self) -> None:
         if self.groups < 1:

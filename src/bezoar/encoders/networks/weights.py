@@ -24,7 +24,7 @@ from bezoar.encoders import (
 )
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.networks import Network
-from bezoar.errors import UserError, expand_home
+from bezoar.errors import UserError, describe_neighbours, expand_home
 from bezoar.registry import method
 
 SAVED = ("encoder.json", "encoder.safetensors")  # of an encoder that bezoar wrote
@@ -73,7 +73,8 @@ class Weights(Network):
             only = pretrained_folders.only_weights(path)
             return [only] if only else pretrained_folders.open_folder(self.path).files()
         if not os.path.isfile(path):
-            raise UserError(f"no file or folder of weights {self.path!r}")
+            beside = describe_neighbours(self.path)
+            raise UserError(f"no file or folder of weights {self.path!r}{beside}")
         return [path]
 
     def __call__(self, size: int = 0, vocabulary: tuple[str, ...] = ()) -> Encoder:
