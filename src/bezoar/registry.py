@@ -159,7 +159,10 @@ def spec_value(value: Any) -> str:
 
 
 def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
-    """Split a spec into the method's class and the texts of its fields. Raises UserError."""
+    """Split a spec into the method's class and the texts of its fields, unconverted.
+
+    For an unknown method or field, raises UserError, which lists the known ones.
+    """
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
     return cls, split_fields(kind, name, rest, [f.name for f in dataclasses.fields(cls)])

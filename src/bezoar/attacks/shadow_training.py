@@ -70,7 +70,10 @@ class ShadowLoss(nn.Module):
         self.references = torch.cat(list(references)).to(encoder.device)
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Embed shadow data and references by the clean encoder. Raises UserError for NaN."""
+        """Embed the shadow data and the references with the clean encoder.
+
+        Raises UserError if a vector is not finite.
+        """
         self.ids = shadow.ids
         vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
         self.clean = check_finite(vectors)

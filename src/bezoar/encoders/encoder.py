@@ -443,7 +443,10 @@ def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Te
 
 @torch.no_grad()
 def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """Embed N texts: float32 (N, D), unit rows. Raises UserError for others, or no text tower."""
+    """Embed N texts: float32 (N, D), unit rows.
+
+    Raises UserError for vectors that are not finite, and without a text tower.
+    """
     encoder.eval()
     return check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
 

@@ -159,7 +159,10 @@ def recorded_trigger(spec: str, run: Run) -> Trigger:
 
 
 def recorded_victims(spec: str, run: Run) -> Any:
-    """The data of the victims that a run's plan names. Raises UserError for others than asked."""
+    """Return the data method of the victims that a run's plan names.
+
+    Raises UserError unless the run, or one that it adds to, was asked for with them.
+    """
     for source in follow(run, data_parent):
         victims = source.asked_for("victims") if source.verb == "poison" else None
         if victims is not None and victims.get("spec") == spec:

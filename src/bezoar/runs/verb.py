@@ -122,7 +122,10 @@ def is_verb(value: Any) -> bool:
 
 
 def check_verb(verb: Any) -> Any:
-    """The verb, single values put into tuples. Raises UserError for none, or a wrong value."""
+    """The verb, one value in place of several put into a tuple.
+
+    Raises UserError for what is no verb, and for a value that its field cannot take.
+    """
     if isinstance(verb, type) or not is_verb(verb):
         what = verb.__name__ if isinstance(verb, type) else type(verb).__name__
         raise UserError(f"expected a verb such as Scan(...); got {what}")

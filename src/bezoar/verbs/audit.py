@@ -357,7 +357,10 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
 
 
 def clean_images(data: Any, encoder: Any) -> Any:
-    """The clean images for an encoder: those given, or its data's test split. Raises UserError."""
+    """The clean images for an encoder: those given, or the test split of its training data.
+
+    Raises UserError if these are not known.
+    """
     if data is not None:
         return data
     if not isinstance(encoder, Run):

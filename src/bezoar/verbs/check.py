@@ -117,7 +117,10 @@ class Check:
     def _run_checks(
         self, job: Job, encoder: Encoder, images: Pairs, calibration: Pairs, held_out: Pairs
     ) -> tuple[dict[str, CheckResult], list[str]]:
-        """Each check's result by name, and a line for each that fails; UserError if all do."""
+        """The result of every check by its name; and a line for each that cannot work here.
+
+        Raises UserError if none can.
+        """
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
         results: dict[str, CheckResult] = {}

@@ -246,7 +246,10 @@ def load_clean(job: Job) -> Pairs:
 
 
 def fresh_records(encoder: Any) -> Any:
-    """Records like an encoder's training data, as a data method. Raises UserError."""
+    """Records like an encoder's training data, as a data method.
+
+    Raises UserError if there are none.
+    """
     method = inputs.root_method(encoder) if isinstance(encoder, Run) else None
     if method is None or not registry.has_fields(method, "count", "seed"):
         raise UserError(

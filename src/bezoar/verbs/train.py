@@ -186,7 +186,10 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
 def tokenize_records(
     encoder: Encoder, objective: Any, captions: Sequence[str], count: int
 ) -> Tensor:
-    """Captions as tokens, int64 (count, L); L is 0 without captions. Raises UserError."""
+    """The captions as tokens, int64 (count, L); L is 0 for an objective without captions.
+
+    Raises UserError if the objective, the data and the encoder do not fit together.
+    """
     objective_name = registry.method_name(type(objective))
     network_name = encoder.about["network"].partition(":")[0]
     if getattr(objective, "captions", True):
