@@ -29,7 +29,10 @@ TERMS = ("L0", "L1", "L2")
 
 
 def pop_means(sums: Tensor) -> dict[str, float]:
-    """The means of L0, L1, L2 over some steps. sums: (4,), with the steps; they become 0."""
+    """Return the means of L0, L1 and L2 over some steps.
+
+    sums: (4,), those of the terms and the number of steps; they become 0.
+    """
     means = (sums[:3] / sums[3]).tolist()
     sums.zero_()
     return dict(zip(TERMS, means, strict=True))

@@ -168,7 +168,10 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The image tower's vectors, float32 (B, D), not normalised; large images in parts."""
+        """The image tower's vectors before normalisation, float32 (B, D).
+
+        Outside training, large images are computed in several parts to save memory.
+        """
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])

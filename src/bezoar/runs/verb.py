@@ -57,7 +57,10 @@ class Verb(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def work(self, job: Any) -> dict[str, Measure]:
-        """Answer what a `runs.execute.Job` asks: write files into its folder, return metrics."""
+        """Answer what is asked: write files into `job.folder`, and return the metrics by name.
+
+        job: a `runs.execute.Job`; that module imports this one.
+        """
         ...
 
 
@@ -181,7 +184,10 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run (its directory) or a method (its spec); "" for None."""
+    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
+
+    A text is returned as it is.
+    """
     if value is None or isinstance(value, str):
         return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)

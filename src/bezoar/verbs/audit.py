@@ -309,7 +309,11 @@ def read_findings(run: Run) -> Facts:
 def single_audit(
     audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
 ) -> Audit:
-    """One audit without a bank, given what it needs alone: one question however it is asked."""
+    """One audit without a bank.
+
+    It is given what the audit needs and nothing else, so that it is the same question however it is
+    asked.
+    """
     needs = registry.needs(audit)
     return Audit(
         encoder,

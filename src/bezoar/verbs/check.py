@@ -152,7 +152,10 @@ class Check:
 def score_both(
     check: Any, encoder: Encoder, clean: Pairs, images: Pairs, offered: Mapping[str, Any]
 ) -> tuple[Scores, Scores]:
-    """Score the clean images and those that arrive; by one call, if all are of one size."""
+    """Score the clean images and those that arrive.
+
+    Where all are of one size they are scored by one call, so that the check is calibrated once.
+    """
     if clean.images.shape[1:] != images.images.shape[1:]:
         return (
             registry.call(check, encoder, clean, **offered),

@@ -149,7 +149,10 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
 
 
 def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPairs:
-    """Records with labels, poisons with their target's. Raises UserError without labels."""
+    """The labelled records; poisons have the label of their goal's target.
+
+    Raises UserError for records without labels.
+    """
     if records.labels is None or not records.classes:
         raise UserError("objective supervised needs data with labels and the names of classes")
     targets = {edit.id: plan.goals[edit.goal].target for edit in plan.edits}
