@@ -271,9 +271,10 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
     Raises:
         UserError: if there is no such head.
     """
-    if kind == "auto":
-        without_head = "zero_shot" if encoder.text is not None and data.classes else "linear"
-        kind = without_head if getattr(encoder, "head", None) is None else "own"
+    if kind == "auto" and getattr(encoder, "head", None) is not None:
+        kind = "own"
+    elif kind == "auto":
+        kind = "zero_shot" if encoder.text is not None and data.classes else "linear"
     if kind == "own":
         return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":
