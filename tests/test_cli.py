@@ -10,6 +10,7 @@ import time
 from importlib.metadata import version
 
 import pytest
+from made_files import tar_of
 
 from bezoar.cli import main
 from bezoar.detection.corpus.corpus import load_scores
@@ -535,7 +536,6 @@ def test_only_a_poison_run_verifies(runs, train, poison, capsys):
 
 def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path, capsys):
     import io
-    import tarfile
 
     from PIL import Image
 
@@ -554,12 +554,7 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_goes_on(tmp_path,
         "torn.txt": b"a torn star",
     }
     members |= {"latin.png": png(32), "latin.txt": "caf\xe9".encode("latin-1")}
-    path = tmp_path / "00000.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    path = tar_of(tmp_path / "00000.tar", members)
     words = ["poison", f"shards:path={path},size=32", "--poison", "clean_label:count=4"]
     words += [
         "--trigger",

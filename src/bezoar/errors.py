@@ -28,7 +28,10 @@ class UnwritableError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's first line, or its class; not torch's invitation to unpickle all the same."""
+    """The first line of an exception's message, or its class if it has none.
+
+    Torch's invitation to unpickle a file that it refuses is not handed on.
+    """
     text = str(error).strip() or type(error).__name__
     return "it holds more than tensors" if INVITATION in text else text.splitlines()[0]
 

@@ -117,5 +117,9 @@ def world_size() -> int:
 
 
 def torchrun_variable(name: str, default: int) -> int:
-    """A number that torchrun sets. Those of launchers whose processes do not wait are ignored."""
+    """A number that torchrun passes to its processes in an environment variable.
+
+    Other launchers set RANK and WORLD_SIZE too, without processes that wait for this one; these are
+    ignored.
+    """
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default

@@ -93,7 +93,10 @@ def has_fields(configured: Any, *names: str) -> bool:
 
 
 def input_files(configured: Any) -> list[Any]:
-    """The files, or pairs of recorded name and path, that a method lists, or its texts name."""
+    """The files that a method reads: those that it lists, or those that its text fields name.
+
+    A file is a path, or a tuple of its recorded name and its path.
+    """
     if hasattr(configured, "files"):
         return list(configured.files())
     texts = [v for v in vars(configured).values() if isinstance(v, str) and v]
@@ -101,7 +104,10 @@ def input_files(configured: Any) -> list[Any]:
 
 
 def source_hash(cls: type) -> str:
-    """Hash (sha256, 16 digits) a method's file and its package's `__init__.py`."""
+    """Hash (sha256, 16 digits) the method's file, and the `__init__.py` of bezoar's packages.
+
+    A method with changed code is another question, so the hash is part of a run's name.
+    """
     file = Path(inspect.getfile(cls))
     shared = file.with_name("__init__.py")
     files = [file, shared] if cls.__module__.startswith("bezoar.") and shared.exists() else [file]
@@ -159,7 +165,10 @@ def spec_value(value: Any) -> str:
 
 
 def parse_spec(kind: str, text: str) -> tuple[type, dict[str, str]]:
-    """Split a spec into the method's class and the texts of its fields. Raises UserError."""
+    """Split a spec into the method's class and the texts of its fields, unconverted.
+
+    For an unknown method or field, raises UserError, which lists the known ones.
+    """
     name, _, rest = text.strip().partition(":")
     cls = find_method(kind, name)
     return cls, split_fields(kind, name, rest, [f.name for f in dataclasses.fields(cls)])

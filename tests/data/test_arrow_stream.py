@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_files import random_picture
 from PIL import Image
 
 from bezoar import registry
@@ -17,15 +18,8 @@ from bezoar.errors import UserError
 from bezoar.runs.verb import join_inputs, spec_of_path
 
 
-def png(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
 def rows(start, stop, captions=None):
-    images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(start, stop)]
+    images = [{"bytes": random_picture(i), "path": f"{i}.png"} for i in range(start, stop)]
     texts = captions or [f"a red star {i}" for i in range(start, stop)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     columns = {"image": pa.array(images, kind), "caption": pa.array(texts)}
@@ -56,7 +50,7 @@ def load(path):
 def test_a_saved_data_set_is_read_in_order_pixel_for_pixel(saved):
     pairs = load(saved)
     assert pairs.captions == tuple(f"a red star {i}" for i in range(30))
-    first = np.asarray(Image.open(io.BytesIO(png(0))))
+    first = np.asarray(Image.open(io.BytesIO(random_picture(0))))
     assert (pairs.images[0].permute(1, 2, 0).numpy() == first).all()
 
 

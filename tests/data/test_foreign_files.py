@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from made_files import add_members, encode, random_picture, tar_of
 from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
@@ -34,28 +35,8 @@ from bezoar.registry import make
 from bezoar.runs.verb import spec_of_path
 
 
-def encode(picture: Image.Image, name: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    picture.save(out, name, **options)
-    return out.getvalue()
-
-
-def png(seed: int = 0) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    return encode(Image.fromarray(noise))
-
-
-def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return path
-
-
 def record(key: str, seed: int = 0) -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", png(seed)), (f"{key}.txt", f"caption of {key}".encode())]
+    return [(f"{key}.png", random_picture(seed)), (f"{key}.txt", f"caption of {key}".encode())]
 
 
 def read(spec: str) -> Pairs:
@@ -79,20 +60,20 @@ def test_keys_end_at_the_last_dot(tmp_path: Path, name: str) -> None:
 
 def test_members_that_describe_a_record_are_no_records(tmp_path: Path) -> None:
     members = [
-        ("a.alt.png", png()),
+        ("a.alt.png", random_picture()),
         ("a.cls", b"3"),
-        ("a.png", png()),
-        ("a.seg.png", png()),
+        ("a.png", random_picture()),
+        ("a.seg.png", random_picture()),
         ("a.txt", b"first"),
         ("a.npy", b""),
-        ("b.png", png(1)),
+        ("b.png", random_picture(1)),
         ("b.txt", b"second"),
-        ("b.0.png", png(2)),
+        ("b.0.png", random_picture(2)),
         ("b.0.txt", b"third"),
         ("README.md", b"about"),
         ("._b.png", b"resource fork"),
         ("c.cls", b"1"),
-        ("c.png", png(4)),
+        ("c.png", random_picture(4)),
         ("c.txt", b"fourth"),
     ]
     pairs = read(f"shards:{tar_of(tmp_path / 't.tar', members)},size=16")
@@ -112,7 +93,7 @@ def test_members_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
         ("photo.txt", b"of a photo"),
         ("only.jxl", b"\xff\n"),
         ("sound.mp3", b""),
-        ("lonely.a.png", png()),
+        ("lonely.a.png", random_picture()),
         ("words.b.txt", b"words"),
         ("NOTES", b""),
     ]
@@ -192,8 +173,8 @@ def test_ids_are_made_distinct_in_one_way() -> None:
 
 
 def table(folder: Path, name: str, content: str | bytes) -> str:
-    (folder / "a.png").write_bytes(png())
-    (folder / "b.png").write_bytes(png(1))
+    (folder / "a.png").write_bytes(random_picture())
+    (folder / "b.png").write_bytes(random_picture(1))
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return f"table:{folder}/{name},size=16"
 
@@ -294,7 +275,7 @@ def test_parquet_as_img2dataset_writes_it(tmp_path: Path) -> None:
         "key": ["000000000", "000000001", "000000002"],
         "status": ["success", "failed_to_download", "success"],
         "width": [16, None, 16],
-        "jpg": [png(), None, png(2)],
+        "jpg": [random_picture(), None, random_picture(2)],
     }
     pq.write_table(pa.table(columns), tmp_path / "00000.parquet")
     pairs = read(f"table:{tmp_path},size=16")
@@ -315,7 +296,7 @@ def test_paths_may_hold_any_legal_character(
     folder.mkdir()
     tar_of(folder / f"{name}.tar", record("k"))
     (folder / "images").mkdir()
-    (folder / "images" / "a.png").write_bytes(png())
+    (folder / "images" / "a.png").write_bytes(random_picture())
     table(folder, f"{name}.csv", "image,text\na.png,star\n")
     monkeypatch.chdir(tmp_path)
     for start in (str(tmp_path / name), name):
@@ -397,10 +378,7 @@ def test_a_tar_whose_headers_are_applied_to_all_others_is_refused(tmp_path: Path
     for count, is_read in ((60, True), (1000, False)):
         records = {f"a{i}": "b" for i in range(count)}
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=records) as tar:
-            for name, content in record("a"):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add_members(tar, record("a"))
         if is_read:
             assert read(f"shards:{path},size=16").ids == ("t/a",)
         else:
@@ -600,7 +578,7 @@ def test_nobody_reads(words: str) -> None:
 def test_a_text_that_many_rows_share_is_no_longer_than_a_caption_can_be(tmp_path):
     numbers = pa.array([0] * 299 + [1], pa.int32())
     captions = pa.DictionaryArray.from_arrays(numbers, ["a star " * 3000, "a star"])
-    table = pa.table({"image": pa.array([png()] * 300), "caption": captions})
+    table = pa.table({"image": pa.array([random_picture()] * 300), "caption": captions})
     pq.write_table(table, tmp_path / "t.parquet")
     pairs = load_pairs(make("data", f"table:path={tmp_path / 't.parquet'},size=16")())
     assert list(pairs.captions) == ["a star"]

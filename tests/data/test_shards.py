@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_files import add_members, random_picture, tar_of
 from PIL import Image
 
 from bezoar.data import decoding
@@ -33,29 +34,11 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 
 
-def picture(side: int = 16, seed: int = 0, name: str = "PNG", height: int | None = None) -> bytes:
-    """An encoded random image."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height or side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, name)
-    return buffer.getvalue()
-
-
-def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    """A tar of regular members."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return path
-
-
 def record(
     key: str, seed: int = 0, caption: bytes = b"a caption", **metadata: Any
 ) -> list[tuple[str, bytes]]:
     """The members of one good record."""
-    members = [(f"{key}.png", picture(seed=seed)), (f"{key}.txt", caption)]
+    members = [(f"{key}.png", random_picture(seed)), (f"{key}.txt", caption)]
     return [*members, (f"{key}.json", json.dumps(metadata).encode())] if metadata else members
 
 
@@ -168,11 +151,11 @@ def test_files_are_told_apart_by_their_endings_where_nothing_else_does(
 
 
 def test_hostile_members_are_named(tmp_path: Path) -> None:
-    bomb = picture(16).replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
-    jpeg = picture(64, name="JPEG")
+    bomb = random_picture().replace((16).to_bytes(4, "big") * 2, (60_000).to_bytes(4, "big") * 2, 1)
+    jpeg = random_picture(side=64, name="JPEG")
     members = [
         *record("good"),
-        ("tiny.png", picture(1)),
+        ("tiny.png", random_picture(side=1)),
         ("tiny.txt", b"one pixel"),
         ("noise.jpg", b"no image at all"),
         ("noise.txt", b"text"),
@@ -190,16 +173,16 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
         *record("worse", label=10**9),
         *record("bool", label=True),
         *record("half_a_character", caption=b"", caption_=1),
-        ("deep.png", picture()),
+        ("deep.png", random_picture()),
         ("deep.json", b"[" * 100_000),
-        ("list.png", picture()),
+        ("list.png", random_picture()),
         ("list.json", b"[]"),
         *record("pickle", seed=3),
         ("pickle.pkl", b"\x80\x04."),
-        ("two.png", picture()),
-        ("two.webp", picture(name="WEBP")),
+        ("two.png", random_picture()),
+        ("two.webp", random_picture(name="WEBP")),
         ("two.txt", b"two images"),
-        ("ico.png", picture(name="ICO")),
+        ("ico.png", random_picture(name="ICO")),
         ("ico.txt", b"another format"),
     ]
     source = ShardSource((tar_of(tmp_path / "hostile.tar", members),), 16)
@@ -234,16 +217,13 @@ def test_hostile_members_are_named(tmp_path: Path) -> None:
 def test_pixel_bound_below_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "IMAGE_PIXELS", 255)
     with pytest.raises(Unreadable, match="too many pixels: 16x16"):
-        decode_image(picture(16), 8)
+        decode_image(random_picture(), 8)
 
 
 def test_links_are_not_followed_and_large_members_not_read(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in record("ok"):
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
+        add_members(tar, record("ok"))
         tar.addfile(_member("l.png", tarfile.SYMTYPE, "secret.txt"))
         tar.addfile(_member("h.txt", tarfile.LNKTYPE, "ok.txt"))
         tar.addfile(_member("f.txt", tarfile.FIFOTYPE))
@@ -501,7 +481,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 64), (64, 100), (33, 47)])
 def test_resize_is_shorter_side_then_centre_crop(width: int, height: int) -> None:
-    blob = picture(width, height=height)
+    blob = random_picture(side=width, height=height)
     ours = decode_image(blob, 32).astype(int)
     image = Image.open(io.BytesIO(blob))
     left, upper = (width - min(width, height)) // 2, (height - min(width, height)) // 2

@@ -4,7 +4,6 @@ not; hostile tars.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from made_files import add_members, random_picture
 
 from bezoar import machine, registry
 from bezoar.attacks.plan import Goal, Plan
@@ -278,24 +277,17 @@ def test_tokens_and_strings_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         column[96]
 
 
-def png(side: int = 16, seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def hostile(path: Path) -> Path:
     """Two good records among what must be left out; the last header says that its image is a
     terabyte.
     """
-    whole, other = png(), png(seed=1)
+    whole, other = random_picture(), random_picture(1)
     members = {
         "a.png": whole,
         "a.txt": b"a",
         "torn.png": whole[:-40],
         "torn.txt": b"cut",
-        "tiny.png": png(1),
+        "tiny.png": random_picture(side=1),
         "tiny.txt": b"dot",
         "../up.png": whole,
         "../up.txt": b"up",
@@ -310,10 +302,7 @@ def hostile(path: Path) -> Path:
         "last.txt": b"its other members may be lost",
     }
     with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
+        add_members(tar, members)
         huge = tarfile.TarInfo("huge.png")
         huge.size = 1 << 40
         at = tar.offset

@@ -28,6 +28,13 @@ def plain(
     return np.take_along_axis(distance, order, 1), order
 
 
+def check_equal(neighbours, expected):
+    """Compare the bits of distances and rows with those of `plain`."""
+    distance, index = expected
+    assert np.array_equal(neighbours.distance.numpy(), distance)
+    assert np.array_equal(neighbours.index.numpy(), index)
+
+
 @pytest.mark.parametrize("unit", [True, False])
 def test_same_as_sklearn(unit):
     x = rows(700, unit=unit)
@@ -47,19 +54,14 @@ def test_exact_ties_and_blocks(cells, monkeypatch):
     x = rows(300, seed=1)
     x[40:90] = x[40]  # fifty copies: more than k and the margin
     x[120:128] = x[40] + 1e-5 * rows(8, seed=2)  # closer than a float32 product resolves
-    distance, index = plain(x, x, 7, torch.arange(300))
     neighbours = nearest_neighbors(x, x, 7, exclude_self=True)
-    assert np.array_equal(neighbours.distance.numpy(), distance)
-    assert np.array_equal(neighbours.index.numpy(), index)
+    check_equal(neighbours, plain(x, x, 7, torch.arange(300)))
 
 
 def test_far_from_the_origin():
     x = rows(200, seed=3) * 1e-3 + 50
     neighbours = nearest_neighbors(x, x, 5, exclude_self=True)
-    distance, index = plain(x, x, 5, torch.arange(200))
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(x, x, 5, torch.arange(200)))
 
 
 def test_more_references_than_a_block():
@@ -67,10 +69,7 @@ def test_more_references_than_a_block():
     excluded = torch.tensor([-1, 3, 69_999, -1, 65_536])
     q[excluded >= 0] = r[excluded[excluded >= 0]]
     neighbours = nearest_neighbors(q, r, 6, excluded)
-    distance, index = plain(q, r, 6, excluded)
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(q, r, 6, excluded))
 
 
 def test_no_exclusion_finds_itself_and_all_can_be_asked_for():
@@ -109,10 +108,7 @@ def test_several_references_can_be_left_out():
         [torch.arange(120), (torch.arange(120) + 60) % 120, torch.full((120,), -1)], 1
     )
     neighbours = nearest_neighbors(x, x, 5, excluded)
-    distance, index = plain(x, x, 5, excluded)
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(x, x, 5, excluded))
     with pytest.raises(UserError, match="119 nearest neighbours asked for; there are 118"):
         nearest_neighbors(x, x, 119, excluded)
 
@@ -127,10 +123,7 @@ def test_copies_beyond_k_are_dropped_and_nothing_changes(copies):
     x = x[turn]
     assert Index(x, 6, 1).n == 400 - max(0, copies - 3 - 7)
     neighbours = nearest_neighbors(x, x, 6, exclude_self=True)
-    distance, index = plain(x, x, 6, torch.arange(400))
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(x, x, 6, torch.arange(400)))
 
 
 def test_all_identical():
@@ -150,28 +143,21 @@ def test_near_copies_are_told_apart_by_a_product_in_float64():
     x = rows(300, d=48, seed=1)
     x[:200] = x[0] + 1e-4 * rows(200, d=48, seed=2)
     neighbours = nearest_neighbors(x, x, 5, exclude_self=True)
-    distance, index = plain(x, x, 5, torch.arange(300))
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(x, x, 5, torch.arange(300)))
 
 
 def test_a_block_of_queries_that_all_have_a_crowd_of_near_copies():
     x = rows(800, d=8, seed=1)
     x[:700] = x[0] + 1e-5 * rows(700, d=8, seed=2)
     neighbours = nearest_neighbors(x[:20], x, 5)
-    distance, index = plain(x[:20], x, 5, torch.full((20,), -1))
-    assert np.array_equal(neighbours.distance.numpy(), distance)
-    assert np.array_equal(neighbours.index.numpy(), index)
+    check_equal(neighbours, plain(x[:20], x, 5, torch.full((20,), -1)))
 
 
 def test_near_copies_that_float64_does_not_resolve_either():
     x = rows(900, d=8, seed=1) + 1e5
     x[:800] = x[0] + 1e-2 * torch.arange(800)[:, None] % 3
     neighbours = nearest_neighbors(x[::9].clone(), x, 5)
-    distance, index = plain(x[::9], x, 5, torch.full((100,), -1))
-    assert np.array_equal(neighbours.distance.numpy(), distance)
-    assert np.array_equal(neighbours.index.numpy(), index)
+    check_equal(neighbours, plain(x[::9], x, 5, torch.full((100,), -1)))
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -188,14 +174,14 @@ def test_vectors_in_files(held, dtype, tmp_path, monkeypatch):
     neighbours = nearest_neighbors(
         z, z[:500], 4, torch.arange(600).where(torch.arange(600) < 500, -1)
     )
-    distance, index = plain(
-        torch.tensor(x),
-        torch.tensor(x[:500]),
-        4,
-        torch.arange(600).where(torch.arange(600) < 500, -1),
-    )
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
+    check_equal(
+        neighbours,
+        plain(
+            torch.tensor(x),
+            torch.tensor(x[:500]),
+            4,
+            torch.arange(600).where(torch.arange(600) < 500, -1),
+        ),
     )
 
 
@@ -244,10 +230,7 @@ def test_blocks_of_any_size(n, tile, monkeypatch):
     x = rows(n, seed=n)
     x[3:6] = x[20]
     neighbours = nearest_neighbors(x, x, 7, exclude_self=True)
-    distance, index = plain(x, x, 7, torch.arange(n))
-    assert np.array_equal(neighbours.distance.numpy(), distance) and np.array_equal(
-        neighbours.index.numpy(), index
-    )
+    check_equal(neighbours, plain(x, x, 7, torch.arange(n)))
 
 
 def test_pool_of_a_column_of_ids():

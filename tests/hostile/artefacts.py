@@ -16,6 +16,7 @@ import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from made_files import add_members
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -60,14 +61,8 @@ def write_tar(path: Path, count: int = 8, mode: str = "w") -> None:
     with tarfile.open(path, mode) as tar:
         for i in range(count):
             facts = json.dumps({"key": f"{i:04d}", "caption": caption(i), "status": "success"})
-            for suffix, content in (
-                ("png", picture(i)),
-                ("txt", caption(i).encode()),
-                ("json", facts.encode()),
-            ):
-                member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            parts = {"png": picture(i), "txt": caption(i).encode(), "json": facts.encode()}
+            add_members(tar, {f"{i:04d}.{suffix}": part for suffix, part in parts.items()})
 
 
 def write_tables(folder: Path, count: int = 8) -> None:

@@ -30,6 +30,7 @@ from hostile.artefacts import (
     write_saved_dataset,
 )
 from hostile.cases import ESCAPES, Mutant, as_endless_device, as_fifo, as_loop, spoilt_json
+from made_files import add_members
 from PIL import Image
 
 EVIL = "import os\nopen('EXECUTED', 'w')\nos.system('touch EXECUTED')\n"
@@ -310,10 +311,8 @@ def _tar_of_facts(facts: Values) -> Callable[[Path], None]:
         with tarfile.open(folder / "s.tar", "w") as tar:
             for i in range(8):
                 parts = {"png": picture(i), "txt": caption(i).encode()}
-                for suffix, content in (parts | {"json": json.dumps(facts).encode()}).items():
-                    member = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
+                parts["json"] = json.dumps(facts).encode()
+                add_members(tar, {f"{i:04d}.{suffix}": part for suffix, part in parts.items()})
 
     return make
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from hostile.artefacts import caption, picture, small_resnet
 from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
+from made_files import tar_of
 from PIL import Image
 
 
@@ -50,11 +51,7 @@ def endless_tars() -> dict[str, Callable[[Path], None]]:
     def write(members: list[tuple[str, bytes]], **records: str) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
             path, kind = folder / "s.tar", tarfile.PAX_FORMAT if records else tarfile.GNU_FORMAT
-            with tarfile.open(path, "w", format=kind, pax_headers=records) as tar:
-                for name, content in members:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+            tar_of(path, members, format=kind, pax_headers=records)
 
         return make
 

@@ -1,13 +1,12 @@
 """Records that a verb left out: named in its notes, counted in its last lines, exit status 4."""
 
-import io
 import json
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_files import encode, tar_of
 from PIL import Image
 
 from bezoar import registry
@@ -23,24 +22,18 @@ RECORDS = 140  # of which repairs hold 50 apart
 
 def write_tar(path: Path, bad: int) -> Path:
     """RECORDS of two classes; the images of the first `bad` are torn."""
-    with tarfile.open(path, "w") as tar:
-        for row in range(RECORDS):
-            pixels = np.full((32, 32, 3), 200 if row % 2 else 30, np.uint8)
-            pixels[row % 32, row // 32] = 255
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
-            content = buffer.getvalue()
-            name = CLASSES[row % 2]
-            members = {
-                "png": content[:40] if row < bad else content,
-                "txt": f"a {name}".encode(),
-                "json": json.dumps({"label": row % 2, "class": name}).encode(),
-            }
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{row:04d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
+    members: dict[str, bytes] = {}
+    for row in range(RECORDS):
+        pixels = np.full((32, 32, 3), 200 if row % 2 else 30, np.uint8)
+        pixels[row % 32, row // 32] = 255
+        content = encode(Image.fromarray(pixels))
+        name = CLASSES[row % 2]
+        members |= {
+            f"{row:04d}.png": content[:40] if row < bad else content,
+            f"{row:04d}.txt": f"a {name}".encode(),
+            f"{row:04d}.json": json.dumps({"label": row % 2, "class": name}).encode(),
+        }
+    return tar_of(path, members)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_files import tar_of
 from PIL import Image
 
 from bezoar import registry
@@ -88,15 +89,6 @@ def picture(seed: int = 0, side: int = 16, white: bool = False) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.full_like(pixels, 255) if white else pixels).save(out, "PNG")
     return out.getvalue()
-
-
-def tar_of(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-    return path
 
 
 def records(keys: range, **more: bytes) -> dict[str, bytes]:

@@ -52,7 +52,10 @@ def choose_between(values: tuple[float, ...], u: Floats) -> Floats:
 
 
 def choose_spots(place: str, u: Floats) -> Floats:
-    """Where a thing lies in the free room, shares (N, 2) of rows, columns; random by u (N, 2)."""
+    """Return where in the room that is free a thing lies, shares (N, 2) of rows and columns.
+
+    u: (N, 2) in [0, 1), which decides if the place is random.
+    """
     if place == "random":
         return u
     return np.broadcast_to(np.array([float(share) for share in place.split("/")]), u.shape)
@@ -105,7 +108,10 @@ def to_column(values: Floats) -> Tensor:
 
 
 def draw_normal(seed: int, ids: Sequence[str], count: int) -> NDArray[np.float32]:
-    """Draw normal numbers that belong to records, float32 (N, count), by Box and Muller."""
+    """Draw standard normal numbers that belong to records, float32 (N, count).
+
+    They are made of uniform ones by Box and Muller's transform.
+    """
     half = -(-count // 2)
     u = draws(seed, ids, 2 * half, "normal")
     radius = np.sqrt(-2 * np.log1p(-u[:, :half]))

@@ -53,7 +53,10 @@ def image_from_array(array: np.ndarray, name: str) -> Tensor:
 
 
 def mask_from_array(array: np.ndarray, name: str) -> Tensor:
-    """A mask, float32 (1|3, H, W) in 0..1, of the layouts of `image_from_array`, or of 0..255."""
+    """Convert an array to a mask, float32 (1|3, H, W) in 0..1.
+
+    The layouts are those of `image_from_array`. Where a value is above 1, all are shares of 255.
+    """
     if array.min() < 0 or array.max() > 255:
         raise UserError(
             f"{name}: expected a mask within 0..1 or 0..255; it spans {array.min()}..{array.max()}"
@@ -77,7 +80,10 @@ def channels_first(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def resize(x: Tensor, height: int, width: int, hard: bool = False) -> Tensor:
-    """Resize float (C, h, w) antialiased; `hard`: to the nearest pixel, for a mask of 0 and 1."""
+    """Resize float (C, h, w) to (C, height, width).
+
+    hard: nearest neighbour, which keeps a mask of 0 and 1; otherwise bilinear and antialiased.
+    """
     if x.shape[-2:] == (height, width):
         return x
     if hard:
@@ -115,7 +121,10 @@ def image_blocks(images: Tensor) -> list[slice]:
 
 
 def map_pictures(images: Tensor, function: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Send images, uint8 (N, 3, H, W), through a function of RGB pictures -> uint8 (N, 3, h, w)."""
+    """Send each image, uint8 (N, 3, H, W), through a function of Pillow's RGB pictures.
+
+    The function must return pictures of one size, (h, w). Returns uint8 (N, 3, h, w).
+    """
     if not len(images):
         return images.clone()
     pictures = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -135,7 +144,10 @@ def recode_jpeg(images: Tensor, quality: int) -> Tensor:
 
 
 def add_offset(images: Tensor, offset: Tensor) -> Tensor:
-    """Add an offset, float (1|3, H, W), rounded first, to uint8 (N, 3, H, W), saturating."""
+    """Add an offset to images, saturating at 0 and 255.
+
+    images: uint8 (N, 3, H, W). offset: float (1|3, H, W), which is rounded once, beforehand.
+    """
     # In uint8 throughout: min(x, 255 - up) + up, then max(x, down) - down; up or down is 0.
     up = to_uint8(offset).to(images.device)
     down = to_uint8(-offset).to(images.device)
@@ -158,7 +170,10 @@ def blend(images: Tensor, pattern: Tensor, alpha: float | Tensor) -> Tensor:
 
 
 def identity_grid(height: int, width: int) -> Tensor:
-    """The sampling grid of the identity, float32 (height, width, 2): x, y; outer pixels at ±1."""
+    """Return the sampling grid of the identity.
+
+    It is float32 (height, width, 2), x then y, with -1 and 1 at the centres of the outer pixels.
+    """
     y = torch.linspace(-1, 1, height)
     x = torch.linspace(-1, 1, width)
     return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width)), dim=-1)

@@ -29,7 +29,10 @@ TERMS = ("L0", "L1", "L2")
 
 
 def pop_means(sums: Tensor) -> dict[str, float]:
-    """The means of L0, L1, L2 over some steps. sums: (4,), with the steps; they become 0."""
+    """Return the means of L0, L1 and L2 over some steps.
+
+    sums: (4,), those of the terms and the number of steps; they become 0.
+    """
     means = (sums[:3] / sums[3]).tolist()
     sums.zero_()
     return dict(zip(TERMS, means, strict=True))
@@ -70,7 +73,10 @@ class ShadowLoss(nn.Module):
         self.references = torch.cat(list(references)).to(encoder.device)
 
     def set_targets(self, shadow: Pairs | StoredPairs) -> None:
-        """Embed shadow data and references by the clean encoder. Raises UserError for NaN."""
+        """Embed the shadow data and the references with the clean encoder.
+
+        Raises UserError if a vector is not finite.
+        """
         self.ids = shadow.ids
         vectors = torch.cat([self.embed(batch.images) for batch in shadow.batches(512)])
         self.clean = check_finite(vectors)

@@ -232,7 +232,10 @@ def gather_pairs(
     limit: int | None = None,
     labelled: bool = False,
 ) -> Pairs:
-    """Decode a stream into memory, see `batch_pairs`. Raises UserError for no record of `what`."""
+    """Decode a whole stream into memory, see `batch_pairs`.
+
+    Raises UserError if no record of `what` can be read.
+    """
     report = ReadReport()
     parts = list(batch_pairs(records, size, 1024, report, classes, limit, labelled))
     if not parts:

@@ -108,7 +108,10 @@ def _place(x: Tensor, y: Tensor, center: Tensor, turn: Tensor) -> tuple[Tensor, 
 
 
 def _cover(distance: Tensor, sharp: Tensor | float) -> Tensor:
-    """Turn signed distances, negative inside, into shares of pixels. sharp: pixels in a unit."""
+    """Turn signed distances, negative inside, into the covered share of each pixel, in place.
+
+    sharp: pixels in a unit of distance.
+    """
     return distance.mul_(sharp).neg_().add_(0.5).clamp_(0, 1)
 
 

@@ -240,7 +240,10 @@ class StoredPairs:
         return images.permute(0, 3, 1, 2)
 
     def fill_images(self, rows: np.ndarray, out: Tensor) -> None:
-        """Make the images at a few rows, into `out`. Raises UserError for what is unreadable."""
+        """Make the images at a few rows in this thread, into `out`.
+
+        Raises UserError, which names the file and the record that can no longer be read.
+        """
         pixels, places = out.numpy(), self.places[rows]
         for k, images in enumerate(self.held):
             of_tensor = np.flatnonzero(places["shard"] == -1 - k)

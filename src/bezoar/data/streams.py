@@ -137,7 +137,10 @@ class RecordStream(Source):
         return replace(stored, labels=labels, classes=self.classes, report=report)
 
     def memory_bytes(self) -> int:
-        """Bytes of pixels that `load_records` keeps: half of this rank's; it holds them twice."""
+        """Bytes of pixels that `load_records` keeps in memory.
+
+        It is a rank's share of half of the free memory: pixels are held twice for a moment.
+        """
         return machine.free_memory() // (2 * machine.world_size())
 
     def file_stamps(self) -> list[Sequence[int] | None]:

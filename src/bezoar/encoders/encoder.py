@@ -168,7 +168,10 @@ class Encoder(nn.Module):
         return F.normalize(self.raw_vectors(x), dim=-1)
 
     def raw_vectors(self, x: Tensor) -> Tensor:
-        """The image tower's vectors, float32 (B, D), not normalised; large images in parts."""
+        """The image tower's vectors before normalisation, float32 (B, D).
+
+        Outside training, large images are computed in several parts to save memory.
+        """
         at_once = max(1, len(x))
         if not self.training and not torch.is_grad_enabled():
             pixels = PIXELS_AT_ONCE.get(self.device.type, PIXELS_AT_ONCE["cuda"])
@@ -443,7 +446,10 @@ def embed_records(encoder: ImageEncoder, records: Pairs, batch: int = 512) -> Te
 
 @torch.no_grad()
 def embed_texts(encoder: Encoder, texts: Sequence[str]) -> Tensor:
-    """Embed N texts: float32 (N, D), unit rows. Raises UserError for others, or no text tower."""
+    """Embed N texts: float32 (N, D), unit rows.
+
+    Raises UserError for vectors that are not finite, and without a text tower.
+    """
     encoder.eval()
     return check_finite(encode_by_length(encoder, texts, TEXTS_AT_ONCE))
 

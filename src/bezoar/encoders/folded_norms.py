@@ -142,7 +142,10 @@ class FoldedTower:
             weight.refresh()
 
     def attach_gradients(self, value: Tensor) -> Tensor:
-        """The scalar whose backward pass gives the tower the copy's gradients, computed before."""
+        """Return the scalar such that its backward pass gives the tower's weights their gradients.
+
+        The gradients with respect to the copy's weights must have been computed before.
+        """
         ready = [weight for weight in self.weights if weight.folded.grad is not None]
         gradients = [weight.source_gradient() for weight in ready]
         sources = (weight.source for weight in ready)
@@ -156,7 +159,10 @@ class FoldedTower:
 
 
 def chunk_slices(n: int, size: int, device: torch.device) -> Iterator[slice]:
-    """Equal chunks of n rows, small ones, for which a CPU's allocator reuses memory."""
+    """Split rows 0..n-1 into equal chunks, for images of `size` pixels.
+
+    Chunks are small, so that the CPU's allocator reuses the same memory for the activations.
+    """
     rows, side = CHUNKS.get(device.type, CHUNKS["cuda"])
     largest = max(FEWEST, rows * side**2 // size**2)
     chunk_count = -(-n // largest)

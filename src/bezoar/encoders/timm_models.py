@@ -300,7 +300,10 @@ def is_lukemelas(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def rename_lukemelas(tensors: Mapping[str, Tensor], path: str) -> tuple[str, dict[str, Tensor]]:
-    """The name of such a network in timm, and its weights by timm's names. Raises UserError."""
+    """The name of such a network in timm, and its weights by timm's names.
+
+    Raises UserError if no EfficientNet of timm's has these sizes.
+    """
     for name in LUKEMELAS:
         blank = build_blank(name)
         keys = blank.state_dict()

@@ -26,7 +26,10 @@ FAMILIES = {
 
 
 def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The names of the classifier with these weights, any last layer, and of that; or "", ""."""
+    """The names of the classifier with these weights and of its last layer, or two empty strings.
+
+    The shapes of the last layer may differ.
+    """
     starts = [s for s in FAMILIES if any(key.startswith(s) for key in tensors)]
     families = tuple(name for start in starts for name in FAMILIES[start].split())
     shapes = weight_shapes(tensors)
@@ -45,7 +48,10 @@ def find_model(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
 
 
 def _build_blank(name: str, count: int) -> Any:
-    """A classifier on the meta device; RegNets, which compute their widths, in memory."""
+    """A classifier on the meta device.
+
+    RegNets compute their widths, so they are built in memory, up to about `count` weights.
+    """
     options = {"init_weights": False} if name.startswith("inception") else {}  # avoids a warning
     if not name.startswith("regnet"):
         with torch.device("meta"):

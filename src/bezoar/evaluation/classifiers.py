@@ -209,7 +209,10 @@ def _best_mean_std(classifier: Classifier, images: Tensor, truth: Tensor) -> tup
 def zero_shot_classifier(
     encoder: Encoder, classes: Sequence[str], templates: str = "simple"
 ) -> Classifier:
-    """The encoder with its text tower's head. Raises UserError without classes or a tower."""
+    """Return the encoder with its text tower's head; `templates` are the zero-shot probe's.
+
+    Raises UserError if there are no classes, or no text tower.
+    """
     if not classes:
         raise UserError("a zero-shot head needs the names of classes; these data have none")
     probe = registry.make("probe", f'zero_shot:templates="{templates}"')
@@ -268,11 +271,10 @@ def make_classifier(encoder: Encoder, data: Pairs, kind: ClassifierKind = "auto"
     Raises:
         UserError: if there is no such head.
     """
-    if kind == "auto":
-        if getattr(encoder, "head", None) is not None:
-            kind = "own"
-        else:
-            kind = "zero_shot" if encoder.text is not None and data.classes else "linear"
+    if kind == "auto" and getattr(encoder, "head", None) is not None:
+        kind = "own"
+    elif kind == "auto":
+        kind = "zero_shot" if encoder.text is not None and data.classes else "linear"
     if kind == "own":
         return own_classifier(encoder, data.classes if fits_own_head(encoder, data.classes) else ())
     if kind == "zero_shot":

@@ -92,7 +92,10 @@ class Likelihood:
         return cls(log_doses, np.minimum(hits, trials), trials, floor, centre)
 
     def log_terms(self, points: Floats) -> tuple[Floats, Floats, Floats]:
-        """Logarithms (..., D) of success, failure and Fisher's information on the logit."""
+        """Return logarithms of success, of failure and of Fisher's information on the logit.
+
+        points: (..., 2). Each result is (..., D).
+        """
         eta = points[..., :1] + points[..., 1:] * (self.log_doses - self.centre)
         log_rest = math.log1p(-self.floor)
         log_floor = math.log(self.floor) if self.floor else -np.inf
@@ -103,7 +106,10 @@ class Likelihood:
         return success, failure, information
 
     def __call__(self, points: Floats) -> Floats:
-        """Binomial log-likelihood (...) of points (..., 2) + penalty / 2 log det of information."""
+        """Return the penalised log-likelihood, (...), of points (..., 2).
+
+        It is the binomial log-likelihood + penalty / 2 log det of the information.
+        """
         success, failure, information = self.log_terms(points)
         misses = self.trials - self.hits
         value = np.asarray((self.hits * success + misses * failure).sum(-1))
@@ -120,7 +126,10 @@ class Likelihood:
         return np.asarray(value + self.penalty / 2 * log_det)
 
     def maximise(self, start: Floats | None = None) -> Floats:
-        """The best point (2,) with slope >= 0: of a grid, or `start`, polished by the simplex."""
+        """Return the point (2,) of the highest value with slope >= 0.
+
+        The best of a grid over all scales, or `start`, is polished by the simplex method.
+        """
         span = self.log_doses[-1] - self.log_doses[0]
         if start is None:
             levels = np.sinh(np.linspace(-5, 5, 41))

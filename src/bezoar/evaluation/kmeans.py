@@ -15,7 +15,14 @@ LEAST_SPREAD = 1e-9  # mean squared distance to the centres below which all vect
 
 
 def cluster_centres(x: Tensor, count: int, seed: int) -> Tensor:
-    """Centres of k-means clusters of x, float32 (N, D): (K, D), K at most the distinct vectors."""
+    """Find the centres of k-means clusters.
+
+    Args:
+        x: float32 (N, D).
+
+    Returns:
+        float32 (K, D); K is less than `count` if there are fewer distinct vectors.
+    """
     centres = _initial_centres(x, count, seed)
     previous = None
     for _ in range(ITERATIONS):

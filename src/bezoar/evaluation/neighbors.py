@@ -49,15 +49,18 @@ def nearest_neighbors(
 ) -> Neighbors:
     """Find the k references nearest to each query by Euclidean distance, ties to the lower index.
 
-    The result is on the queries' device. Raises UserError if there are fewer than k references, or
-    vectors that are not finite.
-
     Args:
         queries: float (N, D); may be a CPU tensor over a memory-mapped file.
         references: float (R, D); may be the same.
         k: number of neighbours.
-        exclude_self: True if query i is reference i; or the references that are no neighbours
-            of each query, int64 (N,) or (N, M), -1 for none.
+        exclude_self: True if query i is reference i; or the references that are no neighbours of
+            each query, int64 (N,) or (N, M), -1 for none.
+
+    Returns:
+        The neighbours, on the queries' device.
+
+    Raises:
+        UserError: if there are fewer than k references, or vectors that are not finite.
     """
     n, device = len(queries), queries.device
     excluded = torch.empty(n, 0, dtype=torch.long, device=device)
@@ -97,7 +100,10 @@ class Index:
         excluded: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Prepare references (R, D); a query excludes so many. Raises UserError if not finite."""
+        """Prepare references (R, D). excluded: most references that a query excludes.
+
+        Raises UserError if they are not finite.
+        """
         self.k = k
         self.device = torch.device(device)
         self.numbers = drop_surplus_copies(references, k + excluded).to(self.device)

@@ -137,7 +137,10 @@ def proportion(successes: float, n: int, how: str) -> Measure:
 
 
 def average(values: Sequence[float] | Tensor, how: str) -> Measure:
-    """A mean with Student's t interval, open for fewer than `FEW` equal values. UserError for 0."""
+    """Return a mean with Student's t interval; it is open if fewer than `FEW` values are all equal.
+
+    Raises UserError if there is no value.
+    """
     v = torch.as_tensor(values).double().cpu().numpy()
     if len(v) < 1:
         raise UserError(f"{how}: a mean needs at least one value")

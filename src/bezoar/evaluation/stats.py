@@ -98,7 +98,10 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def mean_rate_interval(rates: ArrayLike, hits: float, n: int) -> Interval:
-    """Student's t interval of a mean of rates, at least Wilson's: equal rates show no spread."""
+    """Return Student's t interval of the mean of several rates, at least Wilson's of hits in n.
+
+    Rates that are all 1.000 do not show how far they vary.
+    """
     low, high = _widest(mean_interval(rates), wilson_interval(min(n, hits), n))
     return max(0.0, low), min(1.0, high)
 

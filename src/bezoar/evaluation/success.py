@@ -32,7 +32,10 @@ _cache: ContextVar[dict[Any, Any] | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def embedding_cache() -> Iterator[None]:
-    """Inside, an encoder, which must not change, embeds each set of images once for all heads."""
+    """Within this context an encoder embeds each set of images once, however many heads ask for it.
+
+    No encoder may change meanwhile.
+    """
     token = _cache.set({})
     try:
         yield
@@ -46,7 +49,10 @@ def is_caching() -> bool:
 
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function whose results an `embedding_cache` keeps, by the identity of objects."""
+    """Decorate a function so that an `embedding_cache` keeps its results.
+
+    Arguments are the same if they are the same objects, or equal integers.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -96,7 +96,10 @@ class Treatment:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, seed: int) -> Tensor:
-        """Treat uint8 (N, 3, H, W) -> float32 0..1, the same shape, drawn by the seed and N."""
+        """Treat uint8 (N, 3, H, W); the result is float32 0..1 (N, 3, H, W).
+
+        The draws are the same for the same seed and N.
+        """
         stored, shape = images, images.shape[-2:]
         if self.resize != 1:
             stored = resize_stored(stored, [max(1, round(self.resize * side)) for side in shape])

@@ -59,7 +59,10 @@ def summarize_run(run: Run) -> Summary:
 
 
 def summarize_page(run: Run, page: Page) -> Summary:
-    """A page's first three sentences, its first figures but seconds, and the run's main files."""
+    """Return a page's sentences (at most three), its first figures and the run's main files.
+
+    Seconds are left out: equal runs have equal summaries.
+    """
     measures = metric_names.read_measures(run)
     names_shown = [name for name in page.cards or measures if name in measures]
     shown = [name for name in names_shown if not name.endswith("seconds")]

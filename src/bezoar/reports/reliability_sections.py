@@ -198,7 +198,11 @@ def side_channel_section(
 
 
 def filter_section(measures: Mapping[str, Measure], notes: Mapping[str, str]) -> Section | None:
-    """Show which clean records each usual filter keeps and which poisons pass, or why not."""
+    """Show for each usual filter which clean records it keeps and which poisons pass it.
+
+    Args:
+        notes: For each filter that was not applied, the reason.
+    """
     note = "In brackets, 95 % intervals."
     if notes:
         absent = [f"{FILTERS.get(name, name)}: {why}" for name, why in notes.items()]

@@ -75,7 +75,10 @@ class Dataset:
 
 
 def open_dataset(data: Any) -> Dataset:
-    """The data set of a data method, or that a run (a training, a scan ...) was made from."""
+    """Return the data set of a configured data method or of a run.
+
+    The data set of a train, scan or evaluate run is the one that it was made from.
+    """
     if not isinstance(data, Run):
         return Dataset(data, Plan())
     poison, method = poison_run(data), root_method(data)
@@ -159,7 +162,10 @@ def recorded_trigger(spec: str, run: Run) -> Trigger:
 
 
 def recorded_victims(spec: str, run: Run) -> Any:
-    """The data of the victims that a run's plan names. Raises UserError for others than asked."""
+    """Return the data method of the victims that a run's plan names.
+
+    Raises UserError unless the run, or one that it adds to, was asked for with them.
+    """
     for source in follow(run, data_parent):
         victims = source.asked_for("victims") if source.verb == "poison" else None
         if victims is not None and victims.get("spec") == spec:
@@ -292,7 +298,10 @@ def describe_weights(encoder: Encoder) -> str:
 
 
 def find_encoder(run: Run) -> Run | None:
-    """The nearest run with an encoder: this, or one behind it, but no poisoning's surrogate."""
+    """Return this run, or the nearest one that it was made from, that holds an encoder.
+
+    The surrogate that a poison run was made with is not an encoder of its data.
+    """
     lineage = run.lineage(lambda each: each.verb != "poison")
     return next((each for each in lineage if (each.path / ENCODER).exists()), None)
 

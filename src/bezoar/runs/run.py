@@ -118,7 +118,8 @@ class Run:
     def table(self, name: str) -> Any:
         """A Parquet table of the run, such as `scores`: a pandas DataFrame if pandas is installed.
 
-        Without pandas it is an Arrow table. Raises UserError for an unknown name.
+        Without pandas it is an Arrow table. For an unknown name, raises UserError, which lists the
+        names.
         """
         names = sorted(path.stem for path in self.path.glob("*.parquet"))
         if name.removesuffix(".parquet") not in names:
@@ -196,7 +197,10 @@ class Run:
         return self.sibling(value["run"]) if isinstance(value, dict) and "run" in value else None
 
     def asked_for(self, field: str) -> Facts | None:
-        """The manifest's entry for an input, a run or a spec; or None. Raises UserError."""
+        """The manifest's entry for an input: a run, or a spec with hashes of its files; or None.
+
+        Raises UserError for anything else.
+        """
         ask = self.manifest["ask"]
         return None if ask.get(field) is None else ask.object(field)
 
@@ -295,10 +299,10 @@ def find_run(runs: Path, text: str) -> Run | None:
 
 
 def get_run(runs: Path, text: str, holds: str = "") -> Run:
-    """Find a run as `find_run` does. Raises UserError, which lists the newest runs, if there is
-    none.
+    """Find a run as `find_run` does.
 
-    holds: list only finished runs with a file of this name.
+    If there is none, raises UserError, which lists the newest runs; with `holds`, only finished
+    runs with a file of this name.
     """
     if run := find_run(runs, text):
         return run

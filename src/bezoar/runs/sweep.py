@@ -151,7 +151,10 @@ def gpus(settings: Settings) -> int:
 def trial_to_json(
     trial: Trial, settings: Settings, page: bool, quiet: bool = True
 ) -> dict[str, Any]:
-    """Write a trial as JSON for a worker. page: whether `settings.finish` gets the run."""
+    """Write a trial as JSON for a worker.
+
+    page: whether the run is finished with `settings.finish`. quiet: whether it shows no progress.
+    """
     return {
         "verb": {"verb": verb_name(trial.verb), **input_to_json(trial.verb)},
         "seed": trial.seed,
@@ -233,7 +236,10 @@ def worker_pool(
 
 @contextmanager
 def processes(settings: Settings, workers: int, module: str) -> Iterator[tuple[Submit, int]]:
-    """Worker processes, one thread each, or spread over the GPUs; see `worker_pool`."""
+    """Worker processes, fed through pipes and killed at the end of the block. See `worker_pool`.
+
+    Without GPUs each has one thread; otherwise they are spread over the GPUs.
+    """
     pool = _Processes(workers, module, gpus(settings))
     threads = ThreadPoolExecutor(workers)  # each waits for the answer of one process
     try:

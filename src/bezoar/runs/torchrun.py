@@ -56,7 +56,10 @@ def assist() -> int:
 
 
 def make_job(order: dict[str, Any]) -> tuple[Job, Verb]:
-    """Make the job and the verb of rank 0's order. Raises UserError if files differ here."""
+    """Make the job and the verb of rank 0's order on this rank.
+
+    Raises UserError if the files that this rank sees are not those of rank 0.
+    """
     settings = Settings(Path(order["runs"]), order["seed"], order["device"], quiet=True)
     ask = order["ask"]
     fields = {k: field_value(v, order["paths"]) for k, v in ask.items() if k not in NOT_FIELDS}

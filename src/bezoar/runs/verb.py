@@ -57,7 +57,10 @@ class Verb(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def work(self, job: Any) -> dict[str, Measure]:
-        """Answer what a `runs.execute.Job` asks: write files into its folder, return metrics."""
+        """Answer what is asked: write files into `job.folder`, and return the metrics by name.
+
+        job: a `runs.execute.Job`; that module imports this one.
+        """
         ...
 
 
@@ -122,7 +125,10 @@ def is_verb(value: Any) -> bool:
 
 
 def check_verb(verb: Any) -> Any:
-    """The verb, single values put into tuples. Raises UserError for none, or a wrong value."""
+    """The verb, one value in place of several put into a tuple.
+
+    Raises UserError for what is no verb, and for a value that its field cannot take.
+    """
     if isinstance(verb, type) or not is_verb(verb):
         what = verb.__name__ if isinstance(verb, type) else type(verb).__name__
         raise UserError(f"expected a verb such as Scan(...); got {what}")
@@ -178,7 +184,10 @@ def input_name(value: Any) -> str:
 
 
 def input_spec(value: Any) -> str:
-    """The text that asks for a run (its directory) or a method (its spec); "" for None."""
+    """The text that asks for a run or a method: the run's directory, or the spec; "" for None.
+
+    A text is returned as it is.
+    """
     if value is None or isinstance(value, str):
         return value or ""
     return str(value.path) if isinstance(value, Run) else registry.spec(value)

@@ -325,7 +325,10 @@ def adjust_colours(x: Tensor, factors: Tensor, order: Tensor, mask: Tensor | Non
 
 
 def gaussian_blur(x: Tensor, deviation: Tensor, radius: int) -> Tensor:
-    """Blur images float (B, 3, H, W) by Gaussians of deviation (B,), cut off; mirrored borders."""
+    """Blur images float (B, 3, H, W) with Gaussians of deviation (B,).
+
+    The kernel is cut off at `radius`; borders are mirrored.
+    """
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-(offsets**2) / (2 * deviation.to(x.device)[:, None, None] ** 2), 2)
 

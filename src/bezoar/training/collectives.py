@@ -35,7 +35,10 @@ def local_rows(rows: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank, B the same -> (world B, ...) in their order, differentiable."""
+    """(B, ...) of each rank -> (world B, ...) in the order of ranks, differentiable.
+
+    B must be the same on every rank.
+    """
     if rank_and_world()[1] == 1:
         return x
     return torch.cat(all_gather(x))
@@ -143,7 +146,10 @@ def synchronise_norm(norm: nn.Module) -> nn.Module:
 
 @contextmanager
 def distribute(loss: nn.Module) -> Iterator[nn.Module]:
-    """Inside, all ranks train the module together, from rank 0's weights, with joint norms."""
+    """Inside, all ranks train the module together, from rank 0's weights.
+
+    Its batch norms are over the rows of all ranks; afterwards they are plain again.
+    """
     if rank_and_world()[1] == 1:
         yield loss
         return

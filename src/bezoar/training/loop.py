@@ -125,7 +125,10 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def epoch_batches(seed: int, epoch: int, n: int, batch: int) -> Tensor:
-    """The rows of each step of an epoch, without replacement or the rest: int64 (steps, batch)."""
+    """The rows that each step of an epoch draws, without replacement: int64 (steps, batch).
+
+    The remainder is left out.
+    """
     rows = torch.randperm(n, generator=generator(seed, 1, epoch))
     return rows[: n // batch * batch].view(-1, batch)
 
@@ -144,22 +147,24 @@ def fit(
     """Train a loss's parameters in place.
 
     On several ranks each has all data and trains on its rows of every batch. The log is the global
-    one, and only rank 0 writes checkpoints and calls `on_epoch_end`. Raises UserError when there
-    are fewer records than one batch, ranks do not divide the batch, ranks see different records, or
-    the loss is not finite.
+    one, and only rank 0 writes checkpoints and calls `on_epoch_end`.
 
     Args:
-        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must
-            know all records, or which of them are in a batch, it has `begin(data, tokens) ->
-            tokens`, which is called first.
+        loss: module (images uint8 (B, 3, H, W), tokens (B, L), Chance) -> scalar. If it must know
+            all records, or which of them are in a batch, it has `begin(data, tokens) -> tokens`,
+            which is called first.
         recipe: epochs, batch size, learning rate and the like.
         data: N records; Pairs lie on the device and are not copied.
         tokens: int64 (N, L) on the device.
         checkpoint: file of the state while training; an existing one is continued.
         report: called with (step, steps, loss); on a GPU not at every step.
-        on_epoch_end: called with the number of epochs done; gives facts for the log. A true
-            fact `stop` ends the training.
+        on_epoch_end: called with the number of epochs done; gives facts for the log. A true fact
+            `stop` ends the training.
         log: filled in and returned.
+
+    Raises:
+        UserError: when there are fewer records than one batch, ranks do not divide the batch, ranks
+            see different records, or the loss is not finite.
     """
     training = _Training(loss, recipe, data, tokens, seed, TrainingLog() if log is None else log)
     training.run(checkpoint, report, on_epoch_end)

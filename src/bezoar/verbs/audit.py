@@ -309,7 +309,11 @@ def read_findings(run: Run) -> Facts:
 def single_audit(
     audit: Any, encoder: Any, data: Any, classifier: Any, parent: Any, images: int
 ) -> Audit:
-    """One audit without a bank, given what it needs alone: one question however it is asked."""
+    """One audit without a bank.
+
+    It is given what the audit needs and nothing else, so that it is the same question however it is
+    asked.
+    """
     needs = registry.needs(audit)
     return Audit(
         encoder,
@@ -357,7 +361,10 @@ def sample_clean_records(method: Any, images: int) -> tuple[Pairs, Pairs]:
 
 
 def clean_images(data: Any, encoder: Any) -> Any:
-    """The clean images for an encoder: those given, or its data's test split. Raises UserError."""
+    """The clean images for an encoder: those given, or the test split of its training data.
+
+    Raises UserError if these are not known.
+    """
     if data is not None:
         return data
     if not isinstance(encoder, Run):

@@ -183,7 +183,10 @@ def check_clean(encoder: Any) -> Any:
 
 
 def attacked_run(run: Run) -> Run:
-    """The run of an attacked encoder, or of its evaluation. Raises UserError for others."""
+    """The run of an attacked encoder: the run itself, or the one that an evaluate run measured.
+
+    Raises UserError for one that was not attacked.
+    """
     if run.verb == "evaluate":
         run = run.input_run("encoder") or run
     if not run.manifest["goal"]:
@@ -211,7 +214,10 @@ def highest_success(evaluations: Iterable[Run]) -> float | None:
 
 
 def check_same_kind(verdicts: Sequence[dict[str, Any]]) -> tuple[Family, Sample]:
-    """The encoder family and the clean images that verdicts share. Raises UserError for others."""
+    """The family of the encoders and the clean images that all verdicts share.
+
+    Raises UserError for an encoder of another kind, or other images.
+    """
     first = verdicts[0]
     for verdict in verdicts[1:]:
         for part, title in (("family", ""), ("sample", "clean ")):

@@ -117,7 +117,10 @@ class Check:
     def _run_checks(
         self, job: Job, encoder: Encoder, images: Pairs, calibration: Pairs, held_out: Pairs
     ) -> tuple[dict[str, CheckResult], list[str]]:
-        """Each check's result by name, and a line for each that fails; UserError if all do."""
+        """The result of every check by its name; and a line for each that cannot work here.
+
+        Raises UserError if none can.
+        """
         checks = job.inputs["check"]
         names = [registry.method_name(type(check)) for check in checks]
         results: dict[str, CheckResult] = {}
@@ -149,7 +152,10 @@ class Check:
 def score_both(
     check: Any, encoder: Encoder, clean: Pairs, images: Pairs, offered: Mapping[str, Any]
 ) -> tuple[Scores, Scores]:
-    """Score the clean images and those that arrive; by one call, if all are of one size."""
+    """Score the clean images and those that arrive.
+
+    Where all are of one size they are scored by one call, so that the check is calibrated once.
+    """
     if clean.images.shape[1:] != images.images.shape[1:]:
         return (
             registry.call(check, encoder, clean, **offered),

@@ -124,7 +124,8 @@ class Evaluate:
 def known_trigger(trigger: Any, target: str, test: Pairs) -> list[Goal]:
     """The goal of a trigger that the user names, or none.
 
-    Raises UserError for one of trigger and target alone, and for a target that is no test class.
+    Raises UserError for a trigger without a target, or the other way round, and for a target that
+    is no class of the test data.
     """
     if trigger is None and not target:
         return []

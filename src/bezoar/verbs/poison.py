@@ -162,7 +162,10 @@ def optimise_trigger(
     device: torch.device | str,
     report: ProgressReport,
 ) -> Any:
-    """The patch with pixels that the surrogate reads as the target. Raises UserError."""
+    """Return the patch trigger with pixels that the surrogate reads as the target.
+
+    Raises UserError for another trigger, or records that the patch cannot be optimised on.
+    """
     trigger = plan_inputs["trigger"]
     if trigger is None or registry.method_name(type(trigger)) != "patch":
         raise UserError("a surrogate optimises a patch; give --trigger patch:size=6")

@@ -194,7 +194,10 @@ def default_repair(suspect: Encoder, clean: Pairs) -> Any:
 
 
 def load_case(job: Job, suspect: Encoder, target: str) -> EvaluationData:
-    """Test data, known goals, victims, labelled data. target: of the user's trigger."""
+    """The data that the encoder is measured on: test data, known goals, victims, labelled data.
+
+    target: of the trigger that the user names.
+    """
     encoder_input, attack = job.inputs["encoder"], job.inputs["attack"]
     method = evaluate.test_method(job.inputs["test"], encoder_input)
     dataset = inputs.open_dataset(method)
@@ -246,7 +249,10 @@ def load_clean(job: Job) -> Pairs:
 
 
 def fresh_records(encoder: Any) -> Any:
-    """Records like an encoder's training data, as a data method. Raises UserError."""
+    """Records like an encoder's training data, as a data method.
+
+    Raises UserError if there are none.
+    """
     method = inputs.root_method(encoder) if isinstance(encoder, Run) else None
     if method is None or not registry.has_fields(method, "count", "seed"):
         raise UserError(
@@ -262,7 +268,10 @@ def goals_of_task(goals: list[Goal], test: Pairs) -> tuple[Goal, ...]:
 
 
 def describe_limits(case: EvaluationData, log: Mapping[str, Any], no_relapse: bool) -> list[str]:
-    """The limits of the receipt, a sentence each. no_relapse: no relapse was tried."""
+    """The limits of the receipt, a sentence each.
+
+    no_relapse: whether the test for a relapse was asked for and left out.
+    """
     limits = []
     if not any(goal.trigger for goal in case.goals):
         limits.append(

@@ -127,7 +127,10 @@ class Reproduce:
 
 
 def tables_of(name: str) -> list[str]:
-    """The tables of a paper in order; the name of a table, or a user's file, is itself."""
+    """The tables of a paper in order, such as those of `carlini2022`.
+
+    The name of a table, or the path of a user's own, means that table alone.
+    """
     if not any(n.startswith(f"{name}/") for n in registry.method_names("paper")):
         return [name]
     return [f"{name}/{table}" for table in importlib.import_module(f"bezoar.papers.{name}").TABLES]

@@ -215,7 +215,9 @@ class Scan:
         write_json(job.folder / scan_sarif.FILE, log)
 
     def _check_fields(self, job: Job) -> None:
-        """Lend the reference to the detectors. Raises UserError for what no detector takes."""
+        """Lend the reference to the detectors. Raises UserError for a share out of range, and for
+        what no detector takes.
+        """
         detectors = reference_reading.lend_reference(
             job.inputs["detector"], self.reference, job.inputs["data"]
         )

@@ -162,7 +162,10 @@ class Shadows:
 
 
 def shadow_encoders(clean: Sequence[Any], attacked: Sequence[Run]) -> list[Any]:
-    """All shadow encoders, clean ones first. Raises UserError for one on a wrong side."""
+    """All shadow encoders, clean ones first.
+
+    Raises UserError for one on both sides or the wrong side.
+    """
     clean_names = [input_name(encoder) for encoder in clean]
     for run in attacked:
         if run.name in clean_names:
@@ -192,7 +195,10 @@ def check_enough_shadows(labels: Sequence[bool], folds: Sequence[int], lineages:
 
 
 def hash_weights(encoders: Sequence[Encoder], names: Sequence[str]) -> list[str]:
-    """A hash of each encoder's weights. Raises UserError for another kind, and for copies."""
+    """A hash of each encoder's weights.
+
+    Raises UserError for another kind of encoder, and for copies.
+    """
     first = encoders[0]
     name_of_weights: dict[str, str] = {}
     for name, encoder in zip(names, encoders, strict=True):

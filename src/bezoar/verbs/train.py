@@ -149,7 +149,10 @@ def mark_encoder(encoder: Encoder, objective: Any, plan: Plan) -> None:
 
 
 def label_records(records: Pairs | StoredPairs, plan: Plan) -> Pairs | StoredPairs:
-    """Records with labels, poisons with their target's. Raises UserError without labels."""
+    """The labelled records; poisons have the label of their goal's target.
+
+    Raises UserError for records without labels.
+    """
     if records.labels is None or not records.classes:
         raise UserError("objective supervised needs data with labels and the names of classes")
     targets = {edit.id: plan.goals[edit.goal].target for edit in plan.edits}
@@ -186,7 +189,10 @@ def attach_head(encoder: Encoder, records: Pairs | StoredPairs) -> None:
 def tokenize_records(
     encoder: Encoder, objective: Any, captions: Sequence[str], count: int
 ) -> Tensor:
-    """Captions as tokens, int64 (count, L); L is 0 without captions. Raises UserError."""
+    """The captions as tokens, int64 (count, L); L is 0 for an objective without captions.
+
+    Raises UserError if the objective, the data and the encoder do not fit together.
+    """
     objective_name = registry.method_name(type(objective))
     network_name = encoder.about["network"].partition(":")[0]
     if getattr(objective, "captions", True):

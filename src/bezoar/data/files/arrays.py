@@ -91,7 +91,10 @@ def load_arrays(path: str) -> Mapping[str, np.ndarray]:
 
 
 def load_array(path: str) -> np.ndarray:
-    """Load the one array of a file, or its member `x`. Raises UserError for several without it."""
+    """Load the one array of a file, or its member `x`.
+
+    Raises UserError if there are several and none is `x`.
+    """
     members = load_arrays(path)
     if "x" in members:
         return members["x"]
@@ -103,7 +106,10 @@ def load_array(path: str) -> np.ndarray:
 
 
 def load_rgba(path: str) -> np.ndarray:
-    """Load a PNG or a JPEG, uint8 (4, H, W); 255 is opaque. Raises UserError for any other."""
+    """Load a PNG or a JPEG with its transparency, uint8 (4, H, W); 255 is opaque.
+
+    Raises UserError if the file is missing, too large, or no picture that can be read.
+    """
     data = _read_bytes(path)
     with _as_user_error(path, data, "a png or jpg"):
         return _decode_rgba(data)

@@ -95,7 +95,9 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def is_plain(kind: pa.DataType) -> bool:
-    """Whether each value of a type has bytes of its own: no lists but of texts."""
+    """Return whether each value of a type has bytes of its own: text, bytes, a number, a list of
+    texts, or fields of these.
+    """
     if pa.types.is_struct(kind):
         return all(is_plain(kind.field(i).type) for i in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

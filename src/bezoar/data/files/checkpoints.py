@@ -117,7 +117,10 @@ def _load_npz(file: Path, size: int) -> dict[str, Tensor]:
 
 
 def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors. Raises UserError for any that is not plain and real."""
+    """Return the same tensors.
+
+    Raises UserError for sparse, complex and quantised ones and those of 8 bits.
+    """
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
             raise UserError(
@@ -128,10 +131,11 @@ def _check_types(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select_state(loaded: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors by name in what a checkpoint holds, wrapped or not. Raises UserError for
-    none.
+    """Return the tensors by name in what a checkpoint holds, wrapped or not.
 
     prefix: as of `load_tensors`. It may name a dict beside the one that is taken without a prefix.
+
+    Raises UserError if there are none.
     """
     wrapped = isinstance(loaded, dict) and next(
         (loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), None

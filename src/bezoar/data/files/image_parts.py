@@ -52,7 +52,9 @@ def open_picture(content: bytes, formats: tuple[str, ...]) -> Iterator[Image.Ima
 
 
 def _part_sizes(content: bytes) -> Iterator[int]:
-    """The bytes of each part that holds no pixels, or that comes before them."""
+    """The bytes of each part before the pixels of a JPEG or a GIF, and of each that is none in a
+    PNG or a text.
+    """
     walkers = {JPEG: _segment_sizes, PNG: _chunk_sizes, GIF: _block_sizes}
     walkers |= dict.fromkeys(PLAIN, _comment_sizes)
     walk = next((walk for mark, walk in walkers.items() if content.startswith(mark)), None)

@@ -120,7 +120,9 @@ def read_shorter_side(image: bytes | Path) -> int:
 
 
 def check_effort(content: bytes, encoded: Image.Image) -> None:
-    """Raise Unreadable for a picture that takes more work than its pixels, say by many scans."""
+    """Raise Unreadable for a picture that takes more work than its pixels: each scan of a JPEG
+    costs a pass.
+    """
     if isinstance(encoded, TiffImageFile):
         _check_tiff(encoded)
     is_slow = isinstance(encoded, ImageFile) and any(t[0] in SLOW_DECODERS for t in encoded.tile)
@@ -133,7 +135,9 @@ def check_effort(content: bytes, encoded: Image.Image) -> None:
 
 
 def _check_tiff(encoded: TiffImageFile) -> None:
-    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or has unusual greys."""
+    """Raise Unreadable for a TIFF that unpacks to more than its pixels, or whose greys Pillow reads
+    as they stand.
+    """
     kind = encoded.info.get("compression")
     if kind not in TIFF_COMPRESSIONS:
         raise Unreadable(f"not decodable: TIFF with compression {printable(str(kind))} is not read")

@@ -127,7 +127,10 @@ def is_unicode(text: str) -> bool:
 
 
 def describe_long_text(*texts: str) -> str:
-    """Say how long the longest text is, if too long: table rows may share one of megabytes."""
+    """Say how long the longest text is, if that is too long; else nothing.
+
+    In a compressed table thousands of rows may share one text of megabytes.
+    """
     longest = max(map(len, texts), default=0)
     return f"text too large: {longest} characters" if longest > MAX_CHARACTERS else ""
 

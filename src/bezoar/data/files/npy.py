@@ -83,7 +83,10 @@ def fill(buffer: np.ndarray, stream: IO[bytes]) -> None:
 
 
 def read_shape(path: Path) -> tuple[int, int]:
-    """Return (N, D) of a .npy file of float16 or float32 vectors. Raises UserError for others."""
+    """Return (N, D) of a .npy file of float16 or float32 vectors.
+
+    Raises UserError if the file holds anything else, or its header does not fit its size.
+    """
     count, width = _read_vector_header(path)[0].shape
     return count, width
 

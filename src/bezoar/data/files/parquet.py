@@ -67,7 +67,10 @@ def _ask_header(path: Path, _: tuple[int, int]) -> ParquetHeader:
 def read_batches(
     path: Path, columns: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Read the rows start..stop of some columns, BATCH_ROWS at a time. Raises UserError."""
+    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
+
+    Raises UserError if the file is broken, or holds fewer rows than it promises.
+    """
     path = check_regular(path).absolute()
     request = {"path": str(path), "columns": list(columns), "start": start, "stop": stop}
     with _reader() as reader:

@@ -161,7 +161,10 @@ def describe_file(path: Path) -> dict[str, Any]:
 def read_batches(
     path: Path, columns: Sequence[str], start: int, stop: int | None
 ) -> Iterator[pa.RecordBatch]:
-    """See `parquet.read_batches`."""
+    """Read the rows start..stop of some columns, at most BATCH_ROWS at a time.
+
+    Raises UserError if there are fewer than the file promises.
+    """
     if path.suffix == arrow_stream.SUFFIX:
         yield from arrow_stream.read_batches(path, columns, start, stop, BATCH_ROWS)
         return

@@ -72,7 +72,10 @@ def read_regular(path: Path, limit: int, links: bool = True) -> bytes:
 
 
 def read_regular_text(path: Path, limit: int, links: bool = True) -> str:
-    """Read a file of UTF-8, without a byte order mark. Raises UserError, also for others."""
+    """Read a regular file of UTF-8, with a byte order mark or without one.
+
+    Raises UserError, as `read_regular` does, or for other bytes.
+    """
     try:
         return read_regular(path, limit, links).decode("utf-8-sig")
     except UnicodeDecodeError as error:

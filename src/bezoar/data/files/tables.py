@@ -117,7 +117,10 @@ def column_names(table: Path) -> list[str]:
 def find_column(
     path: str, names: Iterable[str], wanted: str | None, candidates: Sequence[str]
 ) -> str:
-    """Find the column `wanted`, or the first candidate, in any case. Raises UserError for none."""
+    """Find the column `wanted`, or the first of the candidates, in any case of letters.
+
+    Raises UserError that lists the table's columns.
+    """
     names = list(names)
     name = match_column(names, (wanted,) if wanted else candidates)
     if name:

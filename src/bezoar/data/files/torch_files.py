@@ -60,14 +60,15 @@ def load_torch(
 ) -> dict[str, Tensor]:
     """Load the tensors of a file of torch.save, in the zip format or the one before torch 1.6.
 
-    Raises UserError if the file asks for more than tensors, or for more bytes than it may.
-
     Args:
         file: the file, which is then mapped where the format allows it, or its content.
         size: of the file in bytes, which no storage may exceed.
-        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold
-            together.
-        select: takes the named tensors out of what was loaded, or raises UserError.
+        max_bytes: what a tensor may reach over and, MAX_NAMES times, what all may hold together.
+        select: takes the named tensors out of what was loaded; it raises UserError for anything
+            else.
+
+    Raises:
+        UserError: if the file asks for more than tensors, or for more bytes than it may.
     """
     zipped = _read(file, 2) == b"PK"
     if zipped:

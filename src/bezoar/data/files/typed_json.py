@@ -34,7 +34,9 @@ def dataclass_from_json(cls: type[T], raw: object, where: str, longest: int = MA
 
 
 def _value_from_json(hint: Any, raw: Any, where: str, longest: int) -> Any:
-    """Make a value of a type, see `dataclass_from_json`, or None where the type has it."""
+    """Make a value of a type: a dataclass, a tuple of one type, a text, a number or a truth value,
+    or of one of two types.
+    """
     if type(None) in (options := typing.get_args(hint)):
         if raw is None:
             return None

@@ -94,7 +94,10 @@ class Setup:
         return Train(self.data, self.network, objective or self.objective)
 
     def attack_task(self, task: Task, reference: str = "", **changes: str) -> Inject:
-        """The backdoor of one task, by a key of its references; changes: of shadow and others."""
+        """The backdoor of one task.
+
+        reference: a key of its references; changes: of shadow, attack, trigger or objective.
+        """
         values = {"shadow": self.shadow, "attack": self.attack, "trigger": self.trigger} | changes
         encoder = self.pretrain(values.pop("objective", ""))
         return attack_encoder(encoder, task, reference, **values)
@@ -169,7 +172,11 @@ def evaluate_heads(attacked: Inject, task: Task, heads: Sequence[str], seeds: in
 def head_cells(
     trials: Sequence[Trial], head: str, published: Published | None = None, goal: str = ""
 ) -> tuple[Cell, ...]:
-    """CA, BA, ASR and ASR-B with a head; published ones are of the MLP and over all images."""
+    """CA, BA, ASR and ASR-B with a head.
+
+    If there are published values, ASR and ASR-B over all images are added. The published values are
+    of the paper's MLP head, and stand beside ours.
+    """
     columns = COLUMNS | (COLUMNS_OVER_ALL if published else {})
     values: dict[str, float] = {}
     if published and head == "mlp":
@@ -316,7 +323,10 @@ def published_trigger(root: str, name: str, substitute: str) -> str:
 
 
 def downstream_tasks(root: str, limit: int | None = None) -> tuple[Task, ...]:
-    """GTSRB; SVHN, or MNIST where it is there; CIFAR-10. limit: records of each split."""
+    """GTSRB; SVHN, or MNIST's digits where the folder holds them; CIFAR-10's own classes.
+
+    limit: records of each split.
+    """
     sizes = {} if limit is None else {"limit": limit}
 
     def task(

@@ -220,7 +220,10 @@ def sample_spec(root: str, size: int) -> str:
 def downstream_tasks(
     root: str, labelled: int | None = None, tested: int | None = None
 ) -> tuple[Task, ...]:
-    """CIFAR-10, GTSRB, MNIST at 224 px; labelled, tested: records of the splits, or None."""
+    """CIFAR-10, GTSRB and MNIST at 224 px, with the published references of ImageNet's encoder.
+
+    labelled, tested: records of the training and the test split; None takes all.
+    """
 
     def task(
         name: str, source: str, target: str, reference: str, published: Published | None = None

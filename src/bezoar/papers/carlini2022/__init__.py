@@ -137,6 +137,22 @@ class Setup:
         """The same with every seed of the scale."""
         return [self.evaluate(data, seed, network) for seed in range(self.seeds)]
 
+    def usual_attack_cells(self, data: str = "", network: str = "") -> tuple[Cell, ...]:
+        """Success and clean accuracy of `TOGETHER` triggers and twice as many victims.
+
+        Args:
+            data: Spec of the clean data; "" for the scale's own.
+            network: Spec of the network; "" for the scale's own.
+        """
+        backdoors = [Backdoor(j, self.dose) for j in range(TOGETHER)]
+        poisoned = self.poison(backdoors, self.targeted_poison(2 * TOGETHER), data)
+        trials = self.evaluate_seeds(poisoned, network)
+        return (
+            Cell.mean("targeted success", trials, self.targeted_success),
+            *attack_cells(all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}),
+            Cell.mean("CA", trials, "clean_accuracy"),
+        )
+
     def latin_squares(self) -> list[tuple[Backdoor, ...]]:
         """The backdoors of each training: in a square, every trigger meets every dose once."""
         rows = []

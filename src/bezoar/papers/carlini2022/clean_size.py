@@ -2,7 +2,7 @@
 
 from bezoar.papers import carlini2022, limit_records
 from bezoar.registry import method
-from bezoar.runs.tables import Cell, Claim, Row, Table, TableOptions
+from bezoar.runs.tables import Claim, Row, Table, TableOptions
 
 
 @method
@@ -11,21 +11,9 @@ class CleanSize:
 
     def __call__(self, options: TableOptions) -> Table:
         setup = carlini2022.get_setup(options)
-        backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
         rows = []
         for count in setup.clean_sizes:
-            data = limit_records(setup.data, count)
-            poisoned = setup.poison(
-                backdoors, setup.targeted_poison(2 * carlini2022.TOGETHER), data
-            )
-            trials = setup.evaluate_seeds(poisoned)
-            cells = (
-                Cell.mean("targeted success", trials, setup.targeted_success),
-                *carlini2022.attack_cells(
-                    carlini2022.all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}
-                ),
-                Cell.mean("CA", trials, "clean_accuracy"),
-            )
+            cells = setup.usual_attack_cells(limit_records(setup.data, count))
             rows.append(Row(f"{count:,}", cells, count))
         return Table(
             title="Size of the clean set",

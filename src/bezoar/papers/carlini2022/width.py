@@ -5,7 +5,7 @@ from collections.abc import Callable
 from bezoar.evaluation.dose_response import Contrast
 from bezoar.papers import carlini2022
 from bezoar.registry import make, method
-from bezoar.runs.tables import Cell, Claim, Results, Row, Table, TableOptions, row_difference
+from bezoar.runs.tables import Claim, Results, Row, Table, TableOptions, row_difference
 
 CLAIMS = {"targeted": "targeted success", "backdoor": "ASR", "z-score": "z"}
 
@@ -16,18 +16,9 @@ class Width:
 
     def __call__(self, options: TableOptions) -> Table:
         setup = carlini2022.get_setup(options)
-        backdoors = [carlini2022.Backdoor(j, setup.dose) for j in range(carlini2022.TOGETHER)]
-        poisoned = setup.poison(backdoors, setup.targeted_poison(2 * carlini2022.TOGETHER))
         rows = []
         for network in setup.networks:
-            trials = setup.evaluate_seeds(poisoned, network)
-            cells = (
-                Cell.mean("targeted success", trials, setup.targeted_success),
-                *carlini2022.attack_cells(
-                    carlini2022.all_attacks(trials), {"ASR": "attack_success", "z": "z_std"}
-                ),
-                Cell.mean("CA", trials, "clean_accuracy"),
-            )
+            cells = setup.usual_attack_cells(network=network)
             channels = float(getattr(make("network", network), "width", 0)) or None
             rows.append(Row(f"{channels:g}" if channels else network, cells, channels))
 

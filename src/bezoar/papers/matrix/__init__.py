@@ -145,7 +145,10 @@ class Setup:
         return Trial(verb, seed)
 
     def towers(self, least: int = 0) -> tuple[list[Trial], list[Trial]]:
-        """Clean SimCLR towers, first those that were attacked, and attacked ones."""
+        """Clean SimCLR towers and attacked ones. least: how many of each at least.
+
+        The clean towers that were attacked are the first of the clean ones.
+        """
         seeds = self.seeds(BADENCODER)
         attacked = range(seeds[0], seeds[0] + max(len(seeds), least))
         clean = list(dict.fromkeys([*attacked, *range(self.clean)]))[: max(self.clean, least)]

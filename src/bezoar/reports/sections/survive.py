@@ -168,7 +168,10 @@ def picture_section(view: SurviveView) -> Section:
 
 
 def treatment_gallery(view: SurviveView, images: Tensor) -> Gallery:
-    """Show the image and the difference of each single treatment: uint8 (T, E, 2, 3, S, S)."""
+    """Show for each single treatment its image and its difference, the untreated image first.
+
+    `images`: uint8 (T, E, 2, 3, S, S), by treatment, example, and image or difference.
+    """
     order = [t for t in view.treatments if t["name"] == "untreated"]
     order += view.ranked_single()
     tiles: list[Tile] = []
