@@ -343,6 +343,8 @@ def worst_section(view: ScanView) -> Section | None:
     if view.is_poison is not None:
         poisons = sum(bool(view.is_poison[r.row]) for r in ranked)
         lead += f" {poisons} of these {len(ranked)} are poisons."
+    if len(view.clearest) > 1:
+        lead += " Those of each trigger that was found are shown in turn, with their ranks."
     if view.windows:
         lead += " Framed: the part of the image that carries the caption."
     copied = [r for r in ranked if r.row in view.copies] if view.has_images else []
