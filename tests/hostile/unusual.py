@@ -42,6 +42,7 @@ def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
     )
     evaluate = ("evaluate", "classifier:path=@/n.pth", "scenes:count=40", "--probe", "own")
     yield Mutant("checkpoint: numbers of a big-endian machine", evaluate, write_swapped, (REFUSED,))
+    yield Mutant("checkpoint: 300,000 empty tensors", evaluate, write_empty_tensors, (REFUSED,))
 
 
 def endless_tars() -> dict[str, Callable[[Path], None]]:
@@ -134,6 +135,13 @@ def write_swapped(folder: Path) -> None:
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(folder / "n.pth", "w") as swapped:
         for name in archive.namelist():
             swapped.writestr(name, b"big" if name.endswith("byteorder") else archive.read(name))
+
+
+def write_empty_tensors(folder: Path) -> None:
+    """A safetensors header without weights, whose tensors take a hundred times its bytes."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"layer{i}.weight": empty for i in range(300_000)}).encode()
+    (folder / "n.pth").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def write_twice(folder: Path) -> None:
