@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bezoar.data.files import npy, tables, zips
+from bezoar.data.files import checkpoints, npy, tables, tensors, zips
 from bezoar.data.sources.embeddings import numbered_files
 from bezoar.errors import UserError
 
@@ -78,6 +78,15 @@ def test_names_of_columns_are_printed_without_control_characters(tmp_path):
     with pytest.raises(UserError) as error:
         tables.find_column("t.csv", tables.column_names(tmp_path / "t.csv"), None, ("image",))
     assert str(error.value).isprintable()
+
+
+def test_a_safetensors_header_of_too_many_tensors_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for length, reason in ((tensors.MAX_HEADER + 1, "header of"), (tensors.MAX_HEADER, "read")):
+        path.write_bytes(length.to_bytes(8, "little") + b"{" * 600)
+        for read in (tensors.read_tensors, tensors.read_metadata, checkpoints.load_tensors):
+            with pytest.raises(UserError, match=reason):
+                read(path if read is not checkpoints.load_tensors else str(path))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from bezoar import encoders, registry
-from bezoar.data.files import checkpoints
+from bezoar.data.files import checkpoints, torch_files
 from bezoar.encoders import checkpoint_layouts
 from bezoar.encoders.encoder import Encoder
 from bezoar.encoders.open_clip_models import without_weight_warnings
@@ -643,6 +643,18 @@ def test_numbers_in_another_order_of_bytes_are_refused_and_end_no_process(order,
     assert len(checkpoints.load_tensors(str(path))) == 1
     with pytest.raises(UserError, match="another order of bytes"):
         checkpoints.load_tensors(str(swapped))
+
+
+def test_a_pickle_of_more_opcodes_than_tensors_need_is_not_looked_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_files, "MAX_OPCODES", 60)
+    for count, refused in ((1, False), (3, True)):
+        path = tmp_path / f"{count}.pth"
+        torch.save({f"conv{i}.weight": torch.ones(7, 11) for i in range(count)}, path)
+        if not refused:
+            assert len(checkpoints.load_tensors(str(path))) == count
+            continue
+        with pytest.raises(UserError, match="more than 60 opcodes"):
+            checkpoints.load_tensors(str(path))
 
 
 def test_weights_may_be_tied_under_four_names(tmp_path):

@@ -50,8 +50,8 @@ from bezoar.training import loop
 
 SECONDS = 180  # for one run
 LINES = 3  # that a refusal may take
-STRIDE = 64  # operations that a link of a chain goes on for, at most
-PROGRESS = re.compile(r"[\w ]+: [\d.]+ s|")
+STRIDE = 128  # operations that a link of a chain goes on for, at most
+PROGRESS = re.compile(r"[\w ]+: ([\d.]+ s|\d+ of \d+: .*)|")
 NOW = time.gmtime(1_800_000_000)
 TINY = "tower:width=4,dim=8"
 SIMCLR = "simclr:epochs=1,batch=32,hidden=8,dim=4"

@@ -10,7 +10,9 @@ import pytest
 
 KILLS = Path(__file__).with_name("kills.py")
 PARTS = 2  # processes, one a core
-SAMPLE = 4  # operations of each verb; `python tests/hostile/kills.py FOLDER` tries them all
+# Operations of each verb; `python tests/hostile/kills.py FOLDER` tries them all.
+SAMPLE = ("--sample", "4")
+CHAINS = ("--mode", "", "--chains", "2")
 STORIES = "demo,reproduce"  # verbs that run others, for ten seconds and more
 QUICK = (
     "poison,poison.shards,train,tower,inject,evaluate,scan,scan.shards,scan.workers,scan.table,"
@@ -19,15 +21,16 @@ QUICK = (
 
 
 @pytest.mark.parametrize(
-    ("cases", "cuts"),
+    ("cases", "how", "cuts"),
     [
-        pytest.param(QUICK, 130, marks=pytest.mark.hostile),
-        pytest.param(STORIES, 14, marks=pytest.mark.long),
+        pytest.param(QUICK, SAMPLE, 130, marks=pytest.mark.hostile),
+        pytest.param(STORIES, CHAINS, 20, marks=pytest.mark.hostile),
+        pytest.param(STORIES, SAMPLE, 14, marks=pytest.mark.long),
     ],
-    ids=["verbs", "stories"],
+    ids=["verbs", "stories, chained", "stories"],
 )
-def test_a_verb_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, cases, cuts):
-    words = ["--only", cases, "--sample", str(SAMPLE), "--parts", str(PARTS)]
+def test_a_verb_that_was_cut_off_ends_as_if_it_had_not_been(tmp_path, cases, how, cuts):
+    words = ["--only", cases, *how, "--parts", str(PARTS)]
     processes = [
         subprocess.Popen(
             [sys.executable, KILLS, tmp_path, *words, "--part", str(part)],

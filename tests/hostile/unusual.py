@@ -19,10 +19,12 @@ from hostile.artefacts import caption, picture, small_resnet
 from hostile.cases import LEFT_OUT, READ_ALL, REFUSED, Mutant
 from made_files import tar_of
 from PIL import Image
+from safetensors.torch import save
 
 
 def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
     """All of them."""
+    evaluate = ("evaluate", "classifier:path=@/n.pth", "scenes:count=40", "--probe", "own")
     for name, content in endless_pictures().items():
         words = ("scan", "folder:path=@/f,size=16,layout=flat", *scan)
         yield Mutant(f"picture: {name}", words, beside_pictures(content), (REFUSED, LEFT_OUT))
@@ -38,11 +40,17 @@ def unusual(scan: tuple[str, ...]) -> Iterator[Mutant]:
         yield Mutant(f"tar: {name}", words, make)
         poison = ("--poison", "backdoor:count=2", "--trigger", "patch:size=4", "--target", "star")
         yield Mutant(f"tar poisoned: {name}", ("poison", words[1], *poison), make)
+    for name, content in lying_tars().items():
+        words = ("scan", "shards:path=@/s.tar,size=16", *scan[:-1], "clip_score")
+        yield Mutant(f"tar: {name}", words, write_bytes("s.tar", content))
+    for name, change in lying_safetensors().items():
+        content = spoil_safetensors(change)
+        yield Mutant(f"safetensors: {name}", evaluate, write_bytes("n.pth", content), (REFUSED,))
     yield Mutant(
         "npz: a member twice", ("scan", "npz:path=@/d.npz", *scan), write_twice, (REFUSED,)
     )
-    evaluate = ("evaluate", "classifier:path=@/n.pth", "scenes:count=40", "--probe", "own")
     yield Mutant("checkpoint: numbers of a big-endian machine", evaluate, write_swapped, (REFUSED,))
+    yield Mutant("checkpoint: 300,000 empty tensors", evaluate, write_empty_tensors, (REFUSED,))
 
 
 def endless_tars() -> dict[str, Callable[[Path], None]]:
@@ -68,6 +76,76 @@ def endless_tars() -> dict[str, Callable[[Path], None]]:
         "captions of marks": write([*good, ("5.png", picture(5)), ("5.txt", marks)]),
         "captions of a word": write([*good, ("5.png", picture(5)), ("5.txt", b"xyzw" * 1_000_000)]),
     }
+
+
+def write_bytes(name: str, content: bytes) -> Callable[[Path], None]:
+    """Write a file below the folder that is given."""
+
+    def make(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return make
+
+
+def lying_tars() -> dict[str, bytes]:
+    """Tars whose headers claim other sizes, places and kinds than there are."""
+
+    def block(kind: bytes, body: bytes = b"", size: bytes = b"", link: bytes = b"") -> bytes:
+        head = b"x.png".ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2
+        head += (size or b"%011o\0" % len(body)).ljust(12, b"\0")[:12] + b"0" * 11 + b"\0"
+        tail = kind + link.ljust(100, b"\0") + b"ustar\x0000"
+        whole = (head + b" " * 8 + tail).ljust(512, b"\0")
+        whole = head + b"%06o\0 " % sum(whole) + whole[156:]
+        return whole + body.ljust(-(-len(body) // 512) * 512, b"\0")
+
+    def pax(key: str, value: str, size: bytes = b"") -> bytes:
+        record = f" {key}={value}\n"
+        length = next(n for n in range(len(record), 999) if len(f"{n}{record}") == n)
+        return block(b"x", f"{length}{record}".encode(), size)
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for i in range(4):
+            for ending, content in (("png", picture(i)), ("txt", caption(i).encode())):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data, end, shown = file.getvalue().rstrip(b"\0"), bytes(1024), picture(5)
+    good = data.ljust(-(-len(data) // 512) * 512, b"\0")
+    sparse = pax("GNU.sparse.major", "1") + pax("GNU.sparse.realsize", "9" * 14)
+    return {
+        "a size of 10^15 in PAX": good + pax("size", "9" * 15) + block(b"0", shown) + end,
+        "a size below 0 in PAX": good + pax("size", "-1") + block(b"0", shown) + end,
+        "8 GB of PAX": good + pax("path", "a.png", b"%011o\0" % (8 << 30)) + end,
+        "a name with NUL in PAX": good + pax("path", "a\0b.png") + block(b"0", shown) + end,
+        "sparse": good + sparse + block(b"0", b"1\n0\n99999999999\n") + end,
+        "a sparse map of 4,000,000": good + sparse + block(b"0", b"4000000\n" + b"0\n" * 4_000_000),
+        "a size below 0": good + block(b"0", shown, b"\xff" * 12) + end,
+        "a hard link out": good + block(b"1", link=b"/etc/passwd") + end,
+        "a name of 30 MB": good + block(b"L", b"a" * (30 << 20)) + block(b"0", shown) + end,
+        "a kind that is none": good + block(b"Z", shown) + end,
+    }
+
+
+def lying_safetensors() -> dict[str, dict[str, object]]:
+    """What the header of a file says of one of its weights."""
+    return {
+        "places beyond": {"data_offsets": [1 << 40, (1 << 40) + 4]},
+        "places backwards": {"data_offsets": [8, 0]},
+        "places of another": {"data_offsets": [0, 8]},
+        "a shape of 2^66": {"shape": [1 << 33, 1 << 33]},
+        "a type of 8 bits": {"dtype": "F8_E4M3"},
+    }
+
+
+def spoil_safetensors(change: dict[str, object]) -> bytes:
+    """A small network whose header says another thing of its last weight."""
+    content = save(small_resnet())
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    last = max(header, key=lambda name: header[name]["data_offsets"])
+    spoilt = json.dumps(header | {last: header[last] | change}).encode()
+    return struct.pack("<Q", len(spoilt)) + spoilt + content[8 + length :]
 
 
 def beside_pictures(content: bytes, others: dict[str, str] | None = None) -> Callable[[Path], None]:
@@ -131,6 +209,13 @@ def write_swapped(folder: Path) -> None:
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(folder / "n.pth", "w") as swapped:
         for name in archive.namelist():
             swapped.writestr(name, b"big" if name.endswith("byteorder") else archive.read(name))
+
+
+def write_empty_tensors(folder: Path) -> None:
+    """A safetensors header without weights, whose tensors take a hundred times its bytes."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"layer{i}.weight": empty for i in range(300_000)}).encode()
+    (folder / "n.pth").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def write_twice(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors of runs in safetensors files, read and written."""
+"""Tensors in safetensors files: the bound of their headers, and those of runs, read and written."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,11 +8,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bezoar.data.files.paths import check_regular
+from bezoar.data.files.paths import open_regular
 from bezoar.data.files.writing import whole_file
 from bezoar.errors import UnwritableError, UserError, first_line
 
 MAX_BYTES = 1 << 40
+MAX_HEADER = 8 << 20  # bytes that name the tensors; each of them takes kilobytes of memory
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -28,8 +29,18 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def check_header(path: Path, links: bool = True) -> None:
+    """Raise UserError for a file that names too many tensors. links: see `open_regular`."""
+    with open_regular(path, MAX_BYTES, links) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise UserError(
+            f"{path}: a safetensors header of {length} bytes; expected at most {MAX_HEADER}"
+        )
+
+
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
-    check_regular(path, MAX_BYTES, links=False)
+    check_header(path, links=False)
     try:
         return read(path)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:

@@ -7,6 +7,7 @@ takes their place. Shapes are looked at on the meta device before anything is al
 """
 
 import io
+import itertools
 import pickletools
 import re
 import sys
@@ -24,6 +25,7 @@ from bezoar.data.files.zips import open_zip
 from bezoar.errors import UserError, first_line
 
 MAX_PICKLE_BYTES = 16 << 20  # of the part of a file that says what its tensors are
+MAX_OPCODES = 4 << 20  # in it, which take a second a million; 10,000 tensors take 600,000
 MAX_NAMES = 4  # of tied weights: the words of a T5 are shared, in both of its parts and in the head
 PICKLES_BEFORE_1_6 = 5  # that a file of the format before torch 1.6 begins with
 SAFE_GLOBALS = re.compile(
@@ -122,9 +124,11 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> set[str]:
     scanner = _OpcodeScanner(size)
     stream = io.BytesIO(data)
     try:
-        for _ in range(pickles):
-            for opcode, argument, _ in pickletools.genops(stream):
-                scanner.visit(opcode.name, argument)
+        opcodes = itertools.chain.from_iterable(pickletools.genops(stream) for _ in range(pickles))
+        for number, (opcode, argument, _) in enumerate(opcodes):
+            if number == MAX_OPCODES:
+                raise UserError(f"its pickle holds more than {MAX_OPCODES} opcodes")
+            scanner.visit(opcode.name, argument)
     except ValueError as error:
         # A plain pickle ends before five are read; what it asked for until then is named.
         if not scanner.requests:
