@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bezoar.auditing import image_changes, norm_outliers, trigger_inversion, unaided_verdict
-from bezoar.auditing.audits.cleanse import HELD_OUT, reach_class
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.image_changes import FAMILIES, ChangeFamily, LeastChanges
 from bezoar.auditing.trigger_inversion import ImageTower, TowerCost
@@ -22,12 +21,13 @@ from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.classifiers import Classifier, reach_class
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
+HELD_OUT = 4  # one of so many clean images takes no part in the search
 EXAMPLES = 8  # clean images whose readings are kept
 FEWEST = 3  # classes that can be compared with one another
 DEVIATION = 0.25  # of the sizes' logarithms; few reached classes tell no smaller one
