@@ -458,6 +458,35 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
     assert Audit.undecided(manifest)[0].startswith("Could not tell")
 
 
+def test_the_least_changes_of_images_stand_on_the_page(work, clean, capsys, monkeypatch):
+    """Of each family a row, and images before and after; the verdict says what turns them."""
+    monkeypatch.setattr(unaided_verdict, "SOME", -1.0)
+    monkeypatch.setattr(unaided_verdict, "STRONG", 100.0)
+    audit = "image_change:steps=10,batch=4,confirm=8,goal=0.15"
+    command = (
+        "audit",
+        clean[3].path,
+        *WITHOUT_BANK[-2:],
+        "--audit",
+        audit,
+        "--fail-on",
+        "evidence",
+    )
+    manifest, run = ask(capsys, work, *command, status=3)
+    (found,) = json.loads(run.file("verdict.json").read_text())["audits"]
+    assert found["unaided"]["sentence"].startswith("Some evidence of a backdoor: ")
+    assert manifest["notes"]["words"] == "some evidence"
+    assert (
+        len(found["notes"]["changes"]) == 4 and len(found["notes"]["changes"][0]["targets"]) == 40
+    )
+    assert manifest["metrics"]["image_change.colour_least"]["value"] > 0
+    text = (run.path / "report.html").read_text()
+    assert "could not be made" not in text and "Classes reached" in text
+    shown = [c["family"] for c in changes if c["targets"][0]["reached"]]
+    assert shown and all(f"image_change, {family}, towards" in text for family in shown)
+    assert any("patches, pictures and noise" in line for line in manifest["notes"]["not_tested"])
+
+
 def test_an_encoder_without_classes_is_read_by_its_clusters(work, tmp_path, capsys):
     """No head, no text and no labels: clusters of the vectors stand for classes."""
     run = execute(
