@@ -476,9 +476,8 @@ def test_the_least_changes_of_images_stand_on_the_page(work, clean, capsys, monk
     (found,) = json.loads(run.file("verdict.json").read_text())["audits"]
     assert found["unaided"]["sentence"].startswith("Some evidence of a backdoor: ")
     assert manifest["notes"]["words"] == "some evidence"
-    assert (
-        len(found["notes"]["changes"]) == 4 and len(found["notes"]["changes"][0]["targets"]) == 40
-    )
+    changes = found["notes"]["changes"]
+    assert len(changes) == 4 and all(len(c["targets"]) == 40 for c in changes)
     assert manifest["metrics"]["image_change.colour_least"]["value"] > 0
     text = (run.path / "report.html").read_text()
     assert "could not be made" not in text and "Classes reached" in text
