@@ -132,17 +132,9 @@ def judge_blend(evidence: Mapping[str, Any]) -> float:
 
 
 def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
-    """The statistic of a family of `image_changes`.
-
-    evidence: name -> measure, or its JSON.
-    """
-    ratio, p = (read_value(evidence[f"{family}_{name}"]) for name in ("ratio", "p"))
+    """The statistic of a family of `image_changes`; evidence as of `judge_outlier`."""
+    ratio, p = (float(evidence[f"{family}_{name}"]["value"]) for name in ("ratio", "p"))
     return outlier_statistic(ratio, p, 0.0, SURE_CHANGE_P)
-
-
-def read_value(measure: Any) -> float:
-    """The value of a measure or of its JSON."""
-    return float(measure["value"] if isinstance(measure, Mapping) else measure.value)
 
 
 def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
@@ -152,7 +144,7 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
     statistic = change_statistic(evidence, family)
     grade = grade_value(statistic, STRONG, SOME)
     p, least, median, success = (
-        read_value(evidence[f"{family}_{name}"]) for name in ("p", "least", "median", "success")
+        float(evidence[f"{family}_{name}"]["value"]) for name in ("p", "least", "median", "success")
     )
     what, unit = CHANGES[family]
     size = f"{what.removesuffix(',')} ({unit.format(least)})"
