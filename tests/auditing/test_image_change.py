@@ -148,8 +148,8 @@ def test_a_planted_tint_is_found(verdicts):
     unaided = judge(planted)
     assert unaided.grade == "strong evidence" and unaided.target == NAMES[TARGET]
     assert "a change of the colours of" in unaided.sentence and "of the range" in unaided.size
-    assert planted.value == pytest.approx(unaided.statistic)
-    assert clean.value == pytest.approx(judge(clean).statistic) and clean.value < planted.value
+    ratios = [planted.evidence[f"{family}_ratio"].value for family in FAMILIES]
+    assert planted.value == max(ratios) >= unaided.statistic > judge(clean).statistic
     assert judge(clean).grade == "none found" and "no change of the whole" in judge(clean).sentence
     colour = next(c for c in planted.notes["changes"] if c["family"] == "colour")
     assert len(colour["targets"]) == len(NAMES) and colour["targets"][0]["reached"]

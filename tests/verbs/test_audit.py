@@ -458,6 +458,34 @@ def test_a_verdict_without_a_bank(work, clean, capsys, monkeypatch):
     assert Audit.undecided(manifest)[0].startswith("Could not tell")
 
 
+def test_the_least_changes_of_images_stand_on_the_page(work, clean, capsys, monkeypatch):
+    """Of each family a row, and images before and after; the verdict says what turns them."""
+    monkeypatch.setattr(unaided_verdict, "SOME", -1.0)
+    monkeypatch.setattr(unaided_verdict, "STRONG", 100.0)
+    audit = "image_change:steps=20,batch=4,confirm=8,goal=0.1"
+    command = (
+        "audit",
+        clean[3].path,
+        *WITHOUT_BANK[-2:],
+        "--audit",
+        audit,
+        "--fail-on",
+        "evidence",
+    )
+    manifest, run = ask(capsys, work, *command, status=3)
+    (found,) = json.loads(run.file("verdict.json").read_text())["audits"]
+    assert found["unaided"]["sentence"].startswith("Some evidence of a backdoor: ")
+    assert manifest["notes"]["words"] == "some evidence"
+    changes = found["notes"]["changes"]
+    assert len(changes) == 4 and all(len(c["targets"]) == 40 for c in changes)
+    assert manifest["metrics"]["image_change.colour_least"]["value"] > 0
+    text = (run.path / "report.html").read_text()
+    assert "could not be made" not in text and "Classes reached" in text
+    for c in changes:
+        assert (f"image_change, {c['family']}, towards" in text) == c["targets"][0]["reached"]
+    assert any("patches, pictures and noise" in line for line in manifest["notes"]["not_tested"])
+
+
 def test_an_encoder_without_classes_is_read_by_its_clusters(work, tmp_path, capsys):
     """No head, no text and no labels: clusters of the vectors stand for classes."""
     run = execute(

@@ -37,6 +37,7 @@ FILE = "bank.json"
 MAX_BYTES = 16 << 20
 MIN_ATTACK_SUCCESS = 0.5  # below this an attack has failed, and leaves little to detect
 SHARED = (  # modules beside its own file that an audit's values may depend on
+    "auditing.image_changes",
     "auditing.random_probes",
     "auditing.trigger_inversion",
     "auditing.trigger_search",

@@ -41,11 +41,9 @@ def forecast_audits(
         classes: that audits of classes tell apart.
         cost: of an image's pass.
     """
-    by_bank: list[str] = []
-    by_classes: list[str] = []
+    by_bank, by_classes, alone = [], [], []
     by_few: list[str] = []
     left_out: list[str] = []
-    alone: list[str] = []
     for audit in audits:
         name = Path(registry.method_name(type(audit))).stem
         if _is_calibrated(audit, banks, family, sample, rate):

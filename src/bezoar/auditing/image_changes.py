@@ -26,8 +26,8 @@ from bezoar.errors import UserError
 from bezoar.progress import ProgressReport, no_report
 
 SIDE = 32  # shifts are in pixels of an image of this side
-# At a share of the steps, searches that never succeeded on this share of the images are given up.
-GIVEN_UP = ((0.4, 0.3), (0.67, 0.6))
+# At a share of the steps, searches whose success never was this share of the goal are given up.
+GIVEN_UP = ((0.4, 1 / 3), (0.67, 2 / 3))
 STRENGTHS = (1.0, 1.1, 1.2)  # factors on the numbers of a change
 LARGEST = 1e3  # magnitude of a number that is read from a file
 LEAST_SHARE = 0.01  # of the largest number of a change; smaller ones are set to zero in the end
@@ -293,7 +293,7 @@ def search_changes(
     u = (family.spread * torch.stack(starts))[:, :, None, None].to(tower.device, tower.dtype)
     search = ChangeSearch(u, recipe)
     confirming = trigger_inversion.draw_batch(searched, recipe.confirm, seed, -1, u)
-    ends = {int(share * recipe.steps): least for share, least in GIVEN_UP}
+    ends = {int(share * recipe.steps): least * recipe.goal for share, least in GIVEN_UP}
     for step in range(recipe.steps):
         if step in ends:
             search.give_up(ends[step])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from scipy.stats import beta
@@ -122,17 +121,9 @@ def judge_blend(evidence: Mapping[str, Any]) -> float:
 
 
 def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
-    """The statistic of a family of `image_changes`.
-
-    evidence: name -> measure, or its JSON.
-    """
-    ratio, p = (read_value(evidence[f"{family}_{name}"]) for name in ("ratio", "p"))
+    """The statistic of a family of `image_changes`; evidence as of `judge_outlier`."""
+    ratio, p = (float(evidence[f"{family}_{name}"]["value"]) for name in ("ratio", "p"))
     return outlier_statistic(ratio, p, 0.0, SURE_CHANGE_P)
-
-
-def read_value(measure: Any) -> float:
-    """The value of a measure or of its JSON."""
-    return float(measure["value"] if isinstance(measure, Mapping) else measure.value)
 
 
 def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
@@ -142,7 +133,7 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
     statistic = change_statistic(evidence, family)
     grade = grade_value(statistic, STRONG, SOME)
     p, least, median, success = (
-        read_value(evidence[f"{family}_{name}"]) for name in ("p", "least", "median", "success")
+        float(evidence[f"{family}_{name}"]["value"]) for name in ("p", "least", "median", "success")
     )
     what, unit = CHANGES[family]
     size = f"{what.removesuffix(',')} ({unit.format(least)})"
@@ -157,7 +148,7 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
         "none found": "None found at this sensitivity: no change of the whole image leads to one "
         "class far more easily than to the others",
     }
-    record = describe_record(grade, CHANGE_CLEAN, CHANGE_ATTACKED)
+    record = describe_record(grade, (CHANGE_CLEAN, CHANGE_ATTACKED))
     sentence = f"{words[grade]} (p = {p:.1g} among {len(facts['targets'])} classes). {record}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
 
@@ -190,14 +181,13 @@ def grade_value(value: float, strong: float, some: float) -> Grade:
 
 
 def describe_record(
-    grade: Grade,
-    clean: Mapping[str, int] = MappingProxyType(TESTED_CLEAN),
-    attacked: Mapping[str, int] = MappingProxyType(TESTED_ATTACKED),
+    grade: Grade, tested: tuple[Mapping[str, int], Mapping[str, int]] | None = None
 ) -> str:
     """How often test encoders got this word or a stronger one; of `none found`, this one.
 
-    clean, attacked: how many of them got each word.
+    tested: how many clean and how many attacked ones got each word; else those of `cleanse`.
     """
+    clean, attacked = tested or (TESTED_CLEAN, TESTED_ATTACKED)
     all_clean, all_attacked = sum(clean.values()), sum(attacked.values())
     if not all_clean or not all_attacked:
         return "How often this errs was not measured on test encoders."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,26 @@ class LogitEncoder:
     def encode_images(self, x: Tensor) -> Tensor:
         """Return logits, float32 (B, C), of images uint8 (B, 3, H, W)."""
         return self.classifier(x)
+
+
+def reach_class(
+    classifier: Classifier,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What changes of images are to do: the head reads all images of change i as class t_i.
+
+    Returns:
+        A function of the vectors (g, n, D) of n images changed in g ways and of t, int64 (g,),
+        that gives the cross entropy (g,) and the share (g,) of images that are read so.
+    """
+
+    def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        g, n, _ = z.shape
+        logits = classifier.head(z.flatten(0, 1)).view(g, n, -1)  # (g, n, C)
+        target = indices[:, None, None].expand(g, n, 1)
+        loss = -logits.log_softmax(2).gather(2, target).mean((1, 2))
+        return loss, (logits.argmax(2) == indices[:, None]).to(z.dtype).mean(1)
+
+    return objective
 
 
 def own_classifier(encoder: Encoder, classes: Sequence[str] = ()) -> Classifier:

@@ -25,7 +25,7 @@ from bezoar.data.pairs import Pairs
 from bezoar.data.randomness import generator
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.classifiers import Classifier, reach_class
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 from bezoar.progress import ProgressReport, no_report
@@ -315,18 +315,5 @@ def reach_any(classifier: Classifier) -> TriggerObjective:
         nearest = mean.argmax(1)  # (g,)
         hits = logits.argmax(2) == nearest[:, None]  # (g, n)
         return -mean.logsumexp(1), hits.to(z.dtype).mean(1)
-
-    return objective
-
-
-def reach_class(classifier: Classifier) -> TriggerObjective:
-    """The objective of inversion t: the head reads stamped images as class t."""
-
-    def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        g, n, _ = z.shape
-        logits = classifier.head(z.flatten(0, 1)).view(g, n, -1)  # (g, n, C)
-        target = indices[:, None, None].expand(g, n, 1)
-        loss = -logits.log_softmax(2).gather(2, target).mean((1, 2))
-        return loss, (logits.argmax(2) == indices[:, None]).to(z.dtype).mean(1)
 
     return objective

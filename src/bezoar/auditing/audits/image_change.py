@@ -13,8 +13,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from bezoar.auditing import image_changes, norm_outliers, trigger_inversion, unaided_verdict
-from bezoar.auditing.audits.cleanse import HELD_OUT, reach_class
+from bezoar.auditing import image_changes, norm_outliers, trigger_inversion
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.image_changes import FAMILIES, ChangeFamily, LeastChanges
 from bezoar.auditing.trigger_inversion import ImageTower, TowerCost
@@ -22,12 +21,13 @@ from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
 from bezoar.errors import UserError
-from bezoar.evaluation.classifiers import Classifier
+from bezoar.evaluation.classifiers import Classifier, reach_class
 from bezoar.evaluation.scores import Measure, proportion
 from bezoar.evaluation.verdict import Verdict
 from bezoar.progress import ProgressReport, no_report
 from bezoar.registry import method
 
+HELD_OUT = 4  # one of so many clean images takes no part in the search
 EXAMPLES = 8  # clean images whose readings are kept
 FEWEST = 3  # classes that can be compared with one another
 DEVIATION = 0.25  # of the sizes' logarithms; few reached classes tell no smaller one
@@ -43,7 +43,7 @@ LIMITS = [
 
 @method
 class ImageChange:
-    """Value: how far the class with the least change stands apart, of four families of changes.
+    """Value = log(median size / least size) of four families of changes, the largest of the four.
 
     For each class t and each family lowers CE(head(f(change(x))), t) + weight size(change), all
     classes in one batch: curves of the colour channels, a kernel of 5 x 5 pixels, a smooth warp,
@@ -52,7 +52,7 @@ class ImageChange:
     limit. A change counts when it succeeds on `confirm` images, and in the end on all clean images
     but for .05, of which a quarter took no part in the search.
 
-    A family's statistic is log(median size / least size), as far as the p-value of the least says
+    The verdict without a bank takes a family's value as far as the p-value of the least size says
     that it is no accident (Student's law fitted to the logarithms of the others, times the number
     of classes and families).
 
@@ -134,7 +134,7 @@ class ImageChange:
             "changes": changes,
             "limits": [*LIMITS, *trigger_inversion.inversion_limits(clean)[1:]],
         }
-        value = max(unaided_verdict.change_statistic(evidence, name) for name in FAMILIES)
+        value = max(evidence[f"{name}_ratio"].value for name in FAMILIES)
         return Verdict(value, evidence, notes=notes)
 
     def search(
