@@ -26,8 +26,8 @@ SPREAD = (
 )  # concentrations of a mask that say nothing, and that take nothing off the ratio
 # The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
 # adds to them.
-TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 19, "could not tell": 0}
-TESTED_ATTACKED = {"strong evidence": 16, "some evidence": 1, "none found": 5, "could not tell": 0}
+TESTED_CLEAN = {"strong evidence": 1, "some evidence": 1, "none found": 29, "could not tell": 0}
+TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "could not tell": 0}
 # Least values of `token_sweep` for each grade, set by one clean all-MiniLM-L6-v2 (.45) and one
 # trial of a backdoor in it (.988).
 STRONG_WORD, SOME_WORD = 0.85, 0.7
