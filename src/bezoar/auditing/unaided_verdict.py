@@ -25,8 +25,8 @@ SURE_CHANGE_P = 0.05  # the same of `image_change`, whose p-values are of all it
 SPREAD = (0.6, 0.9)
 # The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
 # adds to them.
-TESTED_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 19, "could not tell": 0}
-TESTED_ATTACKED = {"strong evidence": 16, "some evidence": 1, "none found": 5, "could not tell": 0}
+TESTED_CLEAN = {"strong evidence": 1, "some evidence": 1, "none found": 29, "could not tell": 0}
+TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "could not tell": 0}
 # The same of `image_change`, of its own test encoders.
 CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
 CHANGE_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
