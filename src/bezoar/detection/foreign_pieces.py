@@ -40,26 +40,23 @@ MIN_PICTURES = 30  # that show it; fewer may be one series of natural pictures
 
 @dataclass(frozen=True)
 class PieceFindings:
-    """What a search found. causes: those that are believed. doubt: float32 (N,), by how far the
-    contents of what a record shows lack those of its group; 0 for what is not suspicious. tested:
-    the number of causes that were tested.
-    """
+    """What a search found."""
 
-    causes: list[Cause]
+    causes: list[Cause]  # those that are believed
+    # float32 (N,), by how far the contents of what a record shows lack those of its group; 0 for
+    # what is not suspicious
     doubt: Tensor
-    tested: int
+    tested: int  # the number of causes that were tested
 
 
 @dataclass(frozen=True)
 class PieceSearch:
-    """The search of N records. features: (N, F), of mean 0. turned: (N, AXES), on their axes.
-    suspects: share of the records that count as misread.
-    """
+    """The search of N records."""
 
     reader: ReferenceReader
     discriminants: Discriminants
-    turned: Tensor
-    suspects: float
+    turned: Tensor  # (N, AXES), the features on their principal axes
+    suspects: float  # share of the records that count as misread
     seed: int
 
     @staticmethod

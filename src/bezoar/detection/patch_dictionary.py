@@ -33,10 +33,10 @@ BLOCK = 64  # images at a time
 
 @dataclass(frozen=True)
 class PatchDictionary:
-    """filters: float32 (3 PATCH^2, FILTERS), of patches. shift: (FILTERS,), subtracted."""
+    """Filters that read the patches of an image."""
 
-    filters: Tensor
-    shift: Tensor
+    filters: Tensor  # float32 (3 PATCH^2, FILTERS), of patches
+    shift: Tensor  # (FILTERS,), subtracted from their answers
 
     @property
     def device(self) -> torch.device:

@@ -142,32 +142,24 @@ def embed_distinct(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a map says of N records that had no part in it.
+    """What a map says of N records that had no part in it."""
 
-    captions: float32 (N, E), unit, what the map makes of the images. loss: float32 (N,), in nats,
-    as that of `training_traces.Trace`: how badly it tells the record's caption from RIVALS others.
-    """
-
-    captions: Tensor
+    captions: Tensor  # float32 (N, E), unit, what the map makes of the images
+    # float32 (N,), in nats, as that of `training_traces.Trace`: how badly it tells the record's
+    # caption from RIVALS others
     loss: Tensor
 
 
 @dataclass(frozen=True)
 class ReferenceReader:
-    """N records as a reference sees them and as they are captioned.
+    """N records as a reference sees them and as they are captioned."""
 
-    images: float32 (N, D), the reference's vectors less their mean. captions: float32 (N, E), unit,
-    the captions' vectors less their mean. half: int64 (N,), 0 or 1. rivals: int64 (P,), records
-    whose captions are told from the others'. rival_of: int64 (N,), which of them has the record's
-    own caption (-1: none). pictures: int64 (N,), equal for records of one picture.
-    """
-
-    images: Tensor
-    captions: Tensor
-    half: Tensor
-    rivals: Tensor
-    rival_of: Tensor
-    pictures: Tensor
+    images: Tensor  # float32 (N, D), the reference's vectors less their mean
+    captions: Tensor  # float32 (N, E), unit, the captions' vectors less their mean
+    half: Tensor  # int64 (N,), 0 or 1
+    rivals: Tensor  # int64 (P,), records whose captions are told from the others'
+    rival_of: Tensor  # int64 (N,), which of them has the record's own caption (-1: none)
+    pictures: Tensor  # int64 (N,), equal for records of one picture
 
     @staticmethod
     def build(
@@ -273,15 +265,13 @@ def split_groups(features: Tensor, groups: Tensor, seed: int) -> Tensor:
 class RidgeSums:
     """What the ridge regression of y (N, E) on x (N, D) is fitted to; those of some records can be
     taken off.
-
-    x: (D,) and y: (E,), sums. products: (D, D), x^T x. mixed: (D, E), x^T y.
     """
 
     count: int
-    x: Tensor
-    y: Tensor
-    products: Tensor
-    mixed: Tensor
+    x: Tensor  # (D,), the sum of x
+    y: Tensor  # (E,), the sum of y
+    products: Tensor  # (D, D), x^T x
+    mixed: Tensor  # (D, E), x^T y
 
     @staticmethod
     def of(x: Tensor, y: Tensor) -> RidgeSums:
@@ -335,15 +325,13 @@ class NearestCaptions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What suspects are compared with.
+    """What suspects are compared with."""
 
-    suspects: int64 (S,), records of one group. alone: bool (S,), those that nothing could support,
-    because nearly all captions like theirs are left out. others: int64 (O,), records that are
-    captioned alike and are not left out; one may stand there often.
-    """
-
-    suspects: Tensor
+    suspects: Tensor  # int64 (S,), records of one group
+    # bool (S,), those that nothing could support, because nearly all captions like theirs are left
+    # out
     alone: Tensor
+    # int64 (O,), records that are captioned alike and are not left out; one may stand there often
     others: Tensor
 
     @staticmethod
@@ -369,14 +357,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Content:
-    """How far the contents of suspects are what their captions name.
+    """How far the contents of suspects are what their captions name."""
 
-    share: their mean place above chance, in units of that of natural records with like captions:
-    about 1 for natural ones, about 0 for contents of any kind. error: its standard deviation.
-    """
-
+    # their mean place above chance, in units of that of natural records with like captions: about 1
+    # for natural ones, about 0 for contents of any kind
     share: float
-    error: float
+    error: float  # its standard deviation
 
     def bound(self, deviations: float = ONE_SIDED) -> float:
         """The upper confidence bound of the share."""

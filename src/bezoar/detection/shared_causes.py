@@ -36,17 +36,14 @@ MIN_DEVIATION = 0.03  # of the bounds
 
 @dataclass(frozen=True)
 class Cause:
-    """What the mismatched records of one caption group have in common.
+    """What the mismatched records of one caption group have in common."""
 
-    group: its number. recognised: share of the group's mismatched records that lie above the
-    threshold of a discriminant which they had no part in. rows: int64 (M,), all records of the
-    group. scores: float32 (M,), of the last discriminant, in units of its threshold: 1 and more
-    shows the cause.
-    """
-
-    group: int
+    group: int  # its number
+    # share of the group's mismatched records that lie above the threshold of a discriminant which
+    # they had no part in
     recognised: float
-    rows: Tensor
+    rows: Tensor  # int64 (M,), all records of the group
+    # float32 (M,), of the last discriminant, in units of its threshold: 1 and more shows the cause
     scores: Tensor
 
     @property
@@ -57,33 +54,24 @@ class Cause:
 
 @dataclass(frozen=True)
 class Support:
-    """Whether other records support what those that show a cause are captioned as.
-
-    unsupported: share of them that a model misreads which saw none of them. lower: its lower
-    confidence bound.
-    """
+    """Whether other records support what those that show a cause are captioned as."""
 
     cause: Cause
-    unsupported: float
-    lower: float
+    unsupported: float  # share of them that a model misreads which saw none of them
+    lower: float  # its lower confidence bound
 
 
 @dataclass(frozen=True)
 class Discriminants:
-    """What discriminants of N records in G groups are computed from.
+    """What discriminants of N records in G groups are computed from."""
 
-    features: float32 (N, F), standardised columns. groups: int64 (N,). half: int64 (N,), 0 or 1.
-    sample: int64 (K,), records whose readings set the thresholds. means: (F,), of the records that
-    are not in half 0, and of those not in half 1. factors: Cholesky factors of their covariances,
-    (F, F).
-    """
-
-    features: Tensor
-    groups: Tensor
-    half: Tensor
-    sample: Tensor
+    features: Tensor  # float32 (N, F), standardised columns
+    groups: Tensor  # int64 (N,)
+    half: Tensor  # int64 (N,), 0 or 1
+    sample: Tensor  # int64 (K,), records whose readings set the thresholds
+    # (F,), of the records that are not in half 0, and of those not in half 1
     means: tuple[Tensor, Tensor]
-    factors: tuple[Tensor, Tensor]
+    factors: tuple[Tensor, Tensor]  # Cholesky factors of their covariances, (F, F)
 
     @staticmethod
     def fit(features: Tensor, groups: Tensor, half: Tensor) -> Discriminants:
