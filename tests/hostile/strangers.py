@@ -132,7 +132,10 @@ def wrong_values() -> Iterator[tuple[str, str, Values]]:
     for part in (
         {"embed_dim": HUGE},
         {"vision_cfg": {"timm_model_name": "../../evil", "image_size": 16}},
-        {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"layers": 10**9}},
+        *(
+            {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"layers": n}}
+            for n in (10**9, "os", [], None)
+        ),
         {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"image_size": [10**6, 10**6]}},
         {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"patch_size": 0}},
         {"text_cfg": SMALL_CLIP["text_cfg"] | {"vocab_size": 10**12}},

@@ -34,8 +34,6 @@ def show_methods(arguments: forms.List) -> None:
         hint = "".join(f" (did you mean `list {k} {arguments.kind}`?)" for k in holders[:1])
         hint = hint or suggest(str(arguments.kind), registry.KINDS)
         raise UserError(f"no kind {arguments.kind!r} of methods{hint}; there are: {kinds}")
-    if arguments.kind and arguments.name:
-        registry.method_path(arguments.kind, arguments.name)
     methods = {
         kind: [
             describe_method(kind, name)

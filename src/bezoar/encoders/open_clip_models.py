@@ -25,6 +25,9 @@ MAX_CONFIG = 1 << 14  # characters
 LARGEST = 1 << 18  # of a number; vocabularies are the largest
 DEEPEST = 1 << 9  # blocks of a tower
 WORD = re.compile(r"[\w./-]{0,80}")
+# What open_clip raises for values of another type or size than it expects.
+MAKING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError)
+MAKING_ERRORS += (RuntimeError, TypeError, ValueError)
 
 
 def check_architecture(name: str) -> None:
@@ -56,7 +59,7 @@ def build_from_config(text: str) -> Any:
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     try:
         return kind(**config)
-    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+    except MAKING_ERRORS as error:
         raise UserError(f"open_clip could not make such a model: {first_line(error)}") from error
 
 
@@ -94,8 +97,9 @@ def _check_values(values: Mapping[str, Any]) -> None:
         )
         if not is_plain and not (isinstance(value, str) and WORD.fullmatch(value)):
             raise UserError(f"no file may state {name[:40]}={str(value)[:40]} of a model")
-        if name == "layers" and max(numbers) > DEEPEST:
-            raise UserError(f"a tower of {max(numbers)} blocks; expected at most {DEEPEST}")
+        blocks = max((n for n in numbers if isinstance(n, int | float)), default=0)
+        if name == "layers" and blocks > DEEPEST:
+            raise UserError(f"a tower of {blocks} blocks; expected at most {DEEPEST}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from bezoar.data.files import npy
 from bezoar.data.files.arrays import DECODING_ERRORS
 from bezoar.data.files.paths import open_regular
-from bezoar.data.files.tensors import check_header
+from bezoar.data.files.tensors import describe_long_header
 from bezoar.data.files.torch_files import format_keys, load_torch
 from bezoar.data.files.zips import check_unpacked_size, open_zip
 from bezoar.errors import UserError, expand_home, first_line
@@ -76,7 +76,8 @@ def _load(file: Path, size: int, prefix: str) -> dict[str, Tensor]:
         return _check_types(_take_below(_load_npz(file, size), prefix))
     # The length of a safetensors header may begin with a pickle's first byte, so these come first.
     if start[8:9] == b"{" and not start.startswith(b"PK"):
-        check_header(file)
+        if problem := describe_long_header(file):
+            raise UserError(f"not a checkpoint that can be read: {problem}")
         return _check_types(_take_below(load_file(file), prefix))
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return load_torch(file, size, size, functools.partial(_select_state, prefix=prefix))

@@ -29,18 +29,16 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def check_header(path: Path, links: bool = True) -> None:
-    """Raise UserError for a file that names too many tensors. links: see `open_regular`."""
+def describe_long_header(path: Path, links: bool = True) -> str:
+    """What is wrong with a file that names too many tensors, or "". links: see `open_regular`."""
     with open_regular(path, MAX_BYTES, links) as file:
         length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise UserError(
-            f"{path}: a safetensors header of {length} bytes; expected at most {MAX_HEADER}"
-        )
+    return f"a header of {length} bytes, of {MAX_HEADER} at most" if length > MAX_HEADER else ""
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
-    check_header(path, links=False)
+    if problem := describe_long_header(path, links=False):
+        raise UserError(f"{path} cannot be read as safetensors: {problem}")
     try:
         return read(path)
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
