@@ -28,8 +28,8 @@ SPREAD = (0.6, 0.9)
 TESTED_CLEAN = {"strong evidence": 1, "some evidence": 1, "none found": 29, "could not tell": 0}
 TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "could not tell": 0}
 # The same of `image_change`, of its own test encoders.
-CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
-CHANGE_ATTACKED = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 11, "could not tell": 0}
+CHANGE_ATTACKED = {"strong evidence": 6, "some evidence": 2, "none found": 1, "could not tell": 0}
 CHANGES = {  # the families of `image_changes`: what a change is, and its size
     "colour": ("a change of the colours", "{:.0%} of the range"),
     "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -66,15 +66,20 @@ class LogitEncoder:
         return self.classifier(x)
 
 
-def reach_class(
-    classifier: Classifier,
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What changes of images are to do: the head reads all images of change i as class t_i.
+class ClassObjective(Protocol):
+    """What changes of images are to do: the head reads all images of change i as class t_i."""
 
-    Returns:
-        A function of the vectors (g, n, D) of n images changed in g ways and of t, int64 (g,),
-        that gives the cross entropy (g,) and the share (g,) of images that are read so.
-    """
+    def __call__(self, z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy (g,), and the share (g,) of images that are read so.
+
+        Args:
+            z: (g, n, D), the vectors of n images changed in g ways.
+            indices: int64 (g,), the classes t.
+        """
+
+
+def reach_class(classifier: Classifier) -> ClassObjective:
+    """The objective of changes that are to lead to classes, as the classifier reads images."""
 
     def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         g, n, _ = z.shape
