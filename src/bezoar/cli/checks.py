@@ -13,7 +13,7 @@ from bezoar import method_source, registry
 from bezoar.data.files.paths import existing_file, existing_folder, expand_paths
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
-from bezoar.runs.verb import find_input
+from bezoar.runs.verb import find_input, is_plain_file
 from bezoar.runs.verb_source import VerbSource
 
 # How the value of `path` is looked up, by kind and name of the method.
@@ -52,7 +52,9 @@ def check_input(what: str, text: str, arguments: Any) -> None:
         PATHS[kind, name](registry.convert_text(fields["path"], str, "path"))
     inner = method_source.class_variable(kind, spec, "run_fields") or {}
     for field in inner.keys() & fields.keys():
-        check_input(inner[field], registry.convert_text(fields[field], str, field), arguments)
+        named = registry.convert_text(fields[field], str, field)
+        if not is_plain_file(named, arguments.runs):
+            check_input(inner[field], named, arguments)
 
 
 def check_gate(source: VerbSource, arguments: Any) -> None:
