@@ -26,15 +26,8 @@ LARGEST = 1 << 18  # of a number; vocabularies are the largest
 DEEPEST = 1 << 9  # blocks of a tower
 WORD = re.compile(r"[\w./-]{0,80}")
 # What open_clip raises for values of another type or size than it expects.
-MAKING_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+MAKING_ERRORS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError)
+MAKING_ERRORS += (LookupError, RuntimeError, TypeError, ValueError)
 
 
 def check_architecture(name: str) -> None:
