@@ -72,7 +72,7 @@ def test_specs_hold_specs(network, quoted):
 def test_a_nested_spec_is_read_written_and_refused(name):
     detector = make(f"{name}:network=({NETWORK}),side=32")
     assert detector.network == NETWORK and make(registry.spec(detector)) == detector
-    with pytest.raises(UserError, match=r"no network, file or folder 'clip_smal' \(did you mean clip_small"):
+    with pytest.raises(UserError, match=r"'clip_smal' \(did you mean clip_small"):
         make(f"{name}:network=clip_smal")
 
 
