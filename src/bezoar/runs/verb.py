@@ -310,8 +310,10 @@ def find_inner_runs(configured: Any, runs: Path) -> Any:
     """
     changes = {}
     for name, what in getattr(configured, "run_fields", {}).items():
-        resolved = find_input(text, what, runs) if (text := getattr(configured, name)) else None
-        if isinstance(resolved, Run):
+        text = getattr(configured, name)
+        if not text or os.path.isfile(text):
+            continue
+        if isinstance(resolved := find_input(text, what, runs), Run):
             changes[name] = str(resolved.path)
     return dataclasses.replace(configured, **changes) if changes else configured
 
