@@ -186,9 +186,8 @@ def method_path(kind: str, name: str) -> Path:
     if "." in name or (kind != "paper" and "/" in name):  # no method's name, but that of a file
         raise UserError(f"no {kind} {name!r}, and no file{describe_neighbours(name)}")
     hint = suggest(name, names)
-    what = {"data": "data, file or folder", "network": "network, file or folder"}.get(kind, kind)
     raise UserError(
-        f"no {what} {name!r}{hint}; there are: {', '.join(names)}, or a path to a .py file"
+        f"no {kind} {name!r}{hint}; there are: {', '.join(names)}, or a path to a .py file"
     )
 
 

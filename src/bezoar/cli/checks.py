@@ -6,6 +6,7 @@ errors, such as values that do not fit their fields, are found when the verb is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from bezoar import method_source, registry
 from bezoar.data.files.paths import existing_file, existing_folder, expand_paths
 from bezoar.errors import UserError
 from bezoar.runs.run import Run
-from bezoar.runs.verb import find_input, is_plain_file
+from bezoar.runs.verb import find_input
 from bezoar.runs.verb_source import VerbSource
 
 # How the value of `path` is looked up, by kind and name of the method.
@@ -33,8 +34,7 @@ def check_arguments(source: VerbSource, arguments: Any) -> None:
             for text in value if isinstance(value, tuple) else (value,):
                 check_input(field.takes.what, text, arguments)
     for name, what in source.class_variables.get("run_fields", {}).items():
-        if text := getattr(arguments, name):
-            check_input(what, text, arguments)
+        check_inner_input(what, getattr(arguments, name), arguments)
     check_gate(source, arguments)
 
 
@@ -52,9 +52,14 @@ def check_input(what: str, text: str, arguments: Any) -> None:
         PATHS[kind, name](registry.convert_text(fields["path"], str, "path"))
     inner = method_source.class_variable(kind, spec, "run_fields") or {}
     for field in inner.keys() & fields.keys():
-        named = registry.convert_text(fields[field], str, field)
-        if not is_plain_file(named, arguments.runs):
-            check_input(inner[field], named, arguments)
+        text = registry.convert_text(fields[field], str, field)
+        check_inner_input(inner[field], text, arguments)
+
+
+def check_inner_input(what: str, text: str, arguments: Any) -> None:
+    """Raise UserError where a text names no run and no file, and no method whose files exist."""
+    if text and not os.path.isfile(text):
+        check_input(what, text, arguments)
 
 
 def check_gate(source: VerbSource, arguments: Any) -> None:

@@ -295,17 +295,11 @@ def find_inner_runs(configured: Any, runs: Path) -> Any:
     changes = {}
     for name, what in getattr(configured, "run_fields", {}).items():
         text = getattr(configured, name)
-        if not text or is_plain_file(text, runs):
+        if not text or os.path.isfile(text):
             continue
-        resolved = find_input(text, what, runs)
-        if isinstance(resolved, Run):
+        if isinstance(resolved := find_input(text, what, runs), Run):
             changes[name] = str(resolved.path)
     return dataclasses.replace(configured, **changes) if changes else configured
-
-
-def is_plain_file(text: str, runs: Path) -> bool:
-    """Whether a text names what exists and is no run, which a method opens by itself."""
-    return os.path.lexists(text) and find_run(runs, text) is None
 
 
 def join_inputs(texts: Sequence[str], what: str) -> str:
