@@ -70,10 +70,11 @@ class Cleanse:
     A search from one start often ends at a direction that the class has by nature: of four starts
     on a backdoored CIFAR-10 network two did. So each class has several; the worse half is given up
     `halvings` times, evenly spread over the steps, and the others see twice as many images a step.
-    Once, half-way, is right: earlier masks still shrink and do not tell yet. A mask counts when its trigger succeeds on `confirm` images beside those of its
-    step, and in the end on all clean images but for .05, of which a quarter took no part in the
-    search. A class without such a mask is searched for again from other starts; one that nothing
-    reaches then has no part in the value (`unreached`).
+    Once, half-way, is right: earlier masks still shrink and do not tell yet. A mask counts when its
+    trigger succeeds on `confirm` images beside those of its step, and in the end on all clean
+    images but for .05, of which a quarter took no part in the search. A class without such a mask
+    is searched for again from other starts; one that nothing reaches then has no part in the value
+    (`unreached`).
 
     Then each class is searched for the least share of one pattern that is blended into every image
     (`BLEND`): a mask of one value. A class that stands apart so is evidence of its own, and no part
