@@ -77,7 +77,7 @@ def test_what_is_missing_is_said(pairs):
         Asset(clean=CLEAN)(build_encoder(pairs), dataclasses.replace(pairs, captions=()))
     with pytest.raises(UserError, match="vectors alone"):
         Asset(clean=CLEAN)(Vectors(), pairs)
-    with pytest.raises(UserError, match="no data, file or folder 'nowhere'"):
+    with pytest.raises(UserError, match="no data 'nowhere'"):
         Asset(clean="nowhere")
     with pytest.raises(ValueError, match="weight is above 0"):
         Asset(weight=0)
