@@ -105,7 +105,9 @@ class AuditFindings:
                 for f in self.facts["inversions"]
                 if (f["audit"], f["target"]) == (audit["name"], target)
             ]
-            if shares and shares[0]:
+            if not shares:
+                continue  # the audit inverts no trigger
+            if shares[0]:
                 describe_reference(audit, shares[0], len(images), name)
             else:
                 unknown.append(f"{audit['name']}: the reference {name} knows no class {target!r}")
