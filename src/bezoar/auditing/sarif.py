@@ -15,7 +15,8 @@ from bezoar.evaluation import sarif_log
 
 LEVELS = {"strong evidence": "error", "some evidence": "warning"}  # without a bank
 HELP = (
-    "Evidence is a value above a quantile of encoders known to be clean; see the run's report.html."
+    "Evidence is a class that stands apart from the encoder's others, or a value above a quantile "
+    "of encoders known to be clean; see the run's report.html."
 )
 
 

@@ -128,6 +128,9 @@ def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
 
 def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
     """The verdict of `image_change`, by the family whose least change stands apart most."""
+    if not any(row["reached"] for facts in notes["changes"] for row in facts["targets"]):
+        sentence = "Could not tell: the search found no change that leads to any class."
+        return UnaidedVerdict("could not tell", 0.0, "", sentence)
     facts = max(notes["changes"], key=lambda each: change_statistic(evidence, each["family"]))
     family, target = facts["family"], facts["target"]
     statistic = change_statistic(evidence, family)
@@ -149,7 +152,8 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
         "class far more easily than to the others",
     }
     record = describe_record(grade, (CHANGE_CLEAN, CHANGE_ATTACKED))
-    sentence = f"{words[grade]} (p = {p:.1g} among {len(facts['targets'])} classes). {record}"
+    among = f"{len(facts['targets'])} classes and {len(notes['changes'])} kinds of change"
+    sentence = f"{words[grade]} (p = {p:.1g} among {among}). {record}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
 
 

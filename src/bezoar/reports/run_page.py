@@ -106,10 +106,13 @@ class RunView:
         return metric_names.as_dict(self.notes.get(name))
 
     def input_text(self, name: str) -> str:
-        """An input as text for a command: the name of a run, or the user's text."""
+        """An input as text for a command: a run's name, its path elsewhere, or the user's text."""
         run = self.run.input_run(name)
+        if run is not None:
+            is_beside = run.path.parent.resolve() == self.run.path.parent.resolve()
+            return run.name if is_beside else shlex.quote(str(run.path))
         typed = as_list(self.manifest.get("typed", {}).get(name))
-        return run.name if run else " ".join(shlex.quote(str(word)) for word in typed)
+        return " ".join(shlex.quote(str(word)) for word in typed)
 
     def command(self, words: str) -> str:
         """A command of bezoar for the directory of this run."""

@@ -80,10 +80,11 @@ def next_steps(view: AuditView) -> list[Step]:
             Step("Ask of texts that come in (`TEXTS`) whether they hold such a word.", check),
         ]
     elif words in EVIDENCE:
-        repair = view.command(f"repair {encoder} --data {data} --audit {view.run.name}")
+        triggers = f" --audit {view.run.name}" if view.verdict["inversions"] else ""
+        repair = view.command(f"repair {encoder} --data {data}{triggers}")
         steps = [
-            Step("Do not serve this encoder. Look at the inverted triggers below."),
-            Step("Repair a copy with clean data and these triggers.", repair),
+            Step("Do not serve this encoder. Look below at what leads to the class."),
+            Step(f"Repair a copy with clean data{' and these triggers' * bool(triggers)}.", repair),
         ]
     elif words in UNKNOWN:
         others = " ".join(name for name in DEFAULT_AUDITS if name not in audits_asked(view))
@@ -232,6 +233,7 @@ def target_parts(audit: Mapping[str, Any]) -> list[Part]:
 def change_table(audit: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Table:
     """List the least change of each family, and what the median class takes."""
     rows = []
+    changes = changes[: len(image_changes.FAMILIES)]  # the file may be a stranger's
     for facts in changes:
         family, evidence = facts["family"], audit["evidence"]
         is_reached = facts["targets"][0]["reached"]
@@ -243,12 +245,15 @@ def change_table(audit: Mapping[str, Any], changes: Sequence[Mapping[str, Any]])
                 format_percent(evidence[f"{family}_success"]["value"]) if is_reached else "–",
                 f"{evidence[f'{family}_median']['value']:.3g}",
                 f"{sum(t['reached'] for t in facts['targets'])} of {len(facts['targets'])}",
-                facts["unit"],
             ]
         )
-    head = ("Change", "Least for", "Size", "Success", "Median size", "Classes reached", "Size in")
+    head = ("Change", "Least for", "Size", "Success", "Median size", "Classes reached")
     limits = ", ".join(f"{facts['family']} {facts['limit']:g}" for facts in changes)
-    note = f"A class that is not reached counts with the largest size allowed: {limits}."
+    units = "; ".join(f"{facts['family']}: {facts['unit']}" for facts in changes)
+    note = (
+        f"A class that is not reached counts with the largest size allowed: {limits}. "
+        f"Sizes are, of {units}."
+    )
     return Table(head, rows, (2, 3, 4, 5), note)
 
 
@@ -284,8 +289,8 @@ def inversion_section(view: AuditView) -> Section | None:
         galleries.append(inversion_gallery(inversion, facts, images))
     lead = (
         "An inverted trigger moves clean images as a backdoor would. Every encoder has some. It is "
-        "a finding if it is far smaller than those of clean encoders, which is what the values "
-        "above measure."
+        "a finding if it is far smaller than those of the encoder's other classes, or, with a "
+        "bank, than those of clean encoders: the values above say which."
     )
     return Section(galleries, lead)
 
@@ -338,7 +343,7 @@ def change_galleries(audits: Sequence[Mapping[str, Any]], images: Tensor) -> lis
     """Show clean images uint8 (N, 3, H, W) before and after the least change of each family."""
     galleries = []
     for audit in audits:
-        for facts in audit["notes"].get("changes", []):
+        for facts in audit["notes"].get("changes", [])[: len(image_changes.FAMILIES)]:
             family = image_changes.FAMILIES.get(facts["family"])
             if family is None or not facts["targets"][0]["reached"]:
                 continue
@@ -350,7 +355,10 @@ def change_galleries(audits: Sequence[Mapping[str, Any]], images: Tensor) -> lis
             tiles = [
                 Tile(
                     (i, len(images) + i),
-                    [Line(before, "muted"), Line(after, "muted" if before == after else "bad")],
+                    [
+                        Line(pictures.shorten(before, 40), "muted"),
+                        Line(pictures.shorten(after, 40), "muted" if before == after else "bad"),
+                    ],
                 )
                 for i, (before, after) in enumerate(
                     zip(facts["before"][: len(images)], facts["after"], strict=False)

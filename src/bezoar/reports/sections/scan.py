@@ -101,7 +101,7 @@ class ScanView(RunView):
     def clearest(self) -> list[list[str]]:
         """For each trigger that a detector found the ids of those that show it most clearly."""
         named = [
-            as_list(as_dict(trigger).get("clearest"))
+            [key for key in as_list(as_dict(trigger).get("clearest")) if isinstance(key, str)]
             for note in self.note_dict("detector_notes").values()
             for name in ("causes", "triggers")
             for trigger in as_list(as_dict(note).get(name))
