@@ -12,12 +12,15 @@ from bezoar.auditing.unaided_verdict import Grade
 ENOUGH_IMAGES = 128  # clean images; a verdict on fewer is weak
 Words = Outcome | Grade
 GRADES: tuple[Grade, ...] = ("strong evidence", "some evidence", "could not tell", "none found")
-EVIDENCE = (
-    "evidence",
-    "strong evidence",
-    "some evidence",
-)  # words that --fail-on evidence fails on
+# Words that --fail-on evidence fails on.
+EVIDENCE = ("evidence", "strong evidence", "some evidence")
 UNKNOWN = ("no calibration", "could not tell")
+# What an audit that gives a verdict without a bank does not see.
+NOT_SEEN = {
+    "cleanse": "triggers that are spread over the image, and backdoors of many classes at once",
+    "image_change": "patches, pictures and noise, and backdoors of many classes at once",
+    "token_sweep": "backdoors of an image tower",
+}
 
 
 def verdict_json(verdict: CalibratedVerdict) -> dict[str, Any]:
@@ -166,17 +169,9 @@ def list_untested(facts: Mapping[str, Any], refused: Mapping[str, str]) -> list[
 def _uncovered_attacks(audit: Mapping[str, Any]) -> str:
     """Which attacks an audit's bank has no encoder of."""
     if audit["words"] == "no calibration":
-        if audit["audit"].partition(":")[0] == "token_sweep":
-            return "token_sweep: backdoors of an image tower."
-        if audit["audit"].partition(":")[0] == "image_change" and audit.get("unaided"):
-            return (
-                "image_change: patches, pictures and noise, and backdoors of many classes at once."
-            )
         if audit.get("unaided"):
-            return (
-                f"{audit['name']}: triggers that are spread over the image, and backdoors of many "
-                "classes at once."
-            )
+            method = audit["audit"].partition(":")[0]
+            return f"{audit['name']}: {NOT_SEEN.get(method, NOT_SEEN['cleanse'])}."
         return f"The value of {audit['name']} is no verdict: nothing like it was calibrated."
     names = {name for name, _ in audit["bank"]["attacked"]}
     missing = [attack for attack in known_attacks() if not any(attack in name for name in names)]

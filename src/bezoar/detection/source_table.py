@@ -59,7 +59,7 @@ class SourceRow:
     """A source that was tested."""
 
     number: int  # its number among the `RecordSources`
-    name: str  # its name
+    name: str
     records: int  # how many records it has
     raised: int  # how many of them a detector raised
     evidence: Evidence  # its strongest test, content adjusted for

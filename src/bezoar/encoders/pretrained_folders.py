@@ -43,7 +43,7 @@ class PretrainedFolder:
 
     path: Path  # the folder that holds the files
     library: Library  # the library that wrote it
-    config: Facts  # its config
+    config: Facts
 
     def files(self) -> list[Path]:
         """The files that are read."""

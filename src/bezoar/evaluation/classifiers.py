@@ -31,7 +31,7 @@ ClassifierKind = Literal["auto", "own", "zero_shot", "linear", "mlp", "clusters"
 class Classifier:
     """An encoder with a head."""
 
-    encoder: Encoder  # the encoder
+    encoder: Encoder
     head: success.Head  # float32 (N, D) -> logits (N, C), differentiable
     classes: tuple[str, ...]  # names of the C classes
     how: str  # the head in words

@@ -83,7 +83,7 @@ class GoalGroup:
 
     title: str  # the goals in words
     members: list[int]  # their indices among all goals
-    goals: list[Goal]  # the goals
+    goals: list[Goal]
 
 
 def group_goals(goals: Sequence[Goal]) -> list[GoalGroup]:

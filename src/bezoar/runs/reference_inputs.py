@@ -35,7 +35,7 @@ MAX_CLASSES = 8  # classes in an error message
 class Reference:
     """A reference input."""
 
-    record: Pairs  # the record
+    record: Pairs
     source: str  # the spec or run that it comes from
     how: str  # the rule that chose it, in words
 

@@ -86,16 +86,27 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a run that do not change its answer, apart from the seed."""
+    """Settings of a run that do not change its answer, apart from the seed.
 
-    runs: Path = Path("runs")  # directory of the runs, as a path or a text
-    seed: int = 0  # seed of all randomness, 0 to 2**32 - 1
-    device: str = "auto"  # `auto`, `cpu`, `cuda` or `cuda:1`
-    fresh: bool = False  # run again even if a finished run answers the question
-    quiet: bool = False  # print no progress
-    finish: Callable[[Run], Any] | None = None  # called with a finished run; writes its page
-    workers: int = 0  # number of workers of a sweep; 0 means one for each GPU, or for each core
-    ray: bool = False  # whether a sweep runs on Ray
+    Attributes:
+        runs: directory of the runs, as a path or a text.
+        seed: seed of all randomness, 0 to 2**32 - 1.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        fresh: run again even if a finished run answers the question.
+        quiet: print no progress.
+        finish: called with a finished run; writes its page.
+        workers: number of workers of a sweep; 0 means one for each GPU, or for each core.
+        ray: whether a sweep runs on Ray.
+    """
+
+    runs: Path = Path("runs")
+    seed: int = 0
+    device: str = "auto"
+    fresh: bool = False
+    quiet: bool = False
+    finish: Callable[[Run], Any] | None = None
+    workers: int = 0
+    ray: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", Path(self.runs))

@@ -18,7 +18,7 @@ class Unreadable(Exception):
 class Skipped(NamedTuple):
     """Something that could not be read."""
 
-    file: str  # the file
+    file: str
     member: str  # the member or row in it; empty for the file itself
     reason: str  # why, with details after a colon
 
