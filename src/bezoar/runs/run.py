@@ -274,6 +274,9 @@ def _check_measure(measure: Facts, name: str) -> None:
 def find_run(runs: Path, text: str) -> Run | None:
     """Find a run by its directory, or by the start of its name.
 
+    The start of a name means no run where a file or folder has this very name: a folder `train` is
+    the user's data, whatever runs begin so.
+
     Args:
         runs: the directory in which names are looked up.
         text: the user's text; `last` is the newest run.
@@ -291,6 +294,10 @@ def find_run(runs: Path, text: str) -> Run | None:
         return None
     if text == "last":
         return next(iter(newest_runs(runs)), None)
+    if os.path.isfile(runs / text / MANIFEST):
+        return Run(runs / text)
+    if os.path.lexists(text):
+        return None
     matches = sorted(p.parent for p in runs.glob(f"{glob.escape(text)}*/{MANIFEST}"))
     if len(matches) > 1:
         names = ", ".join(p.name for p in matches[:4])
