@@ -66,6 +66,16 @@ def build_page(run: Run) -> Page:
     )
 
 
+def has_accused_trigger(view: AuditView) -> bool:
+    """Whether an audit that found evidence inverted a trigger, which a repair can unlearn."""
+    accusers = [
+        audit["name"]
+        for audit in view.verdict["audits"]
+        if {audit["words"], (audit.get("unaided") or {}).get("grade")} & set(EVIDENCE)
+    ]
+    return any(facts["audit"] in accusers for facts in view.verdict["inversions"])
+
+
 def next_steps(view: AuditView) -> list[Step]:
     """List the next steps after an audit, by its verdict."""
     encoder, data, words = (
@@ -80,7 +90,7 @@ def next_steps(view: AuditView) -> list[Step]:
             Step("Ask of texts that come in (`TEXTS`) whether they hold such a word.", check),
         ]
     elif words in EVIDENCE:
-        triggers = f" --audit {view.run.name}" if view.verdict["inversions"] else ""
+        triggers = f" --audit {view.run.name}" if has_accused_trigger(view) else ""
         repair = view.command(f"repair {encoder} --data {data}{triggers}")
         steps = [
             Step("Do not serve this encoder. Look below at what leads to the class."),
