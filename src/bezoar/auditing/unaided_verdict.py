@@ -23,6 +23,9 @@ SURE_P = 0.01  # a p-value that takes nothing off the ratio
 SURE_CHANGE_P = 0.05  # the same of `image_change`, whose p-values are of all its families
 # Concentrations of a mask that say nothing, and that take nothing off the ratio.
 SPREAD = (0.6, 0.9)
+# A trigger is natural where the audit's students (`auditing.students`) read at least this share of
+# held-out images as the encoder does, and its class's ratio in them is this share of the encoder's.
+GOOD_AGREEMENT, NATURAL_SHARE = 0.8, 1 / 3
 # The words of the test encoders of `papers/matrix/strangers`, and of those that docs/results.md
 # adds to them.
 TESTED_CLEAN = {"strong evidence": 1, "some evidence": 1, "none found": 29, "could not tell": 0}
@@ -30,11 +33,11 @@ TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "
 # The same of `image_change`, of its own test encoders.
 CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 11, "could not tell": 0}
 CHANGE_ATTACKED = {"strong evidence": 6, "some evidence": 2, "none found": 1, "could not tell": 0}
-CHANGES = {  # the families of `image_changes`: what a change is, and its size
-    "colour": ("a change of the colours", "{:.0%} of the range"),
-    "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range"),
-    "warp": ("a warp", "{:.2f} px of 32"),
-    "waves": ("added waves", "amplitude {:.2f}"),
+CHANGES = {  # the families of `image_changes`: what a change is, its size, and its name
+    "colour": ("a change of the colours", "{:.0%} of the range", "change of the colours"),
+    "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range", "kernel"),
+    "warp": ("a warp", "{:.2f} px of 32", "warp"),
+    "waves": ("added waves", "amplitude {:.2f}", "added wave"),
 }
 # Least values of `token_sweep` for each grade, set by one clean all-MiniLM-L6-v2 (.45) and one
 # trial of a backdoor in it (.988).
@@ -69,9 +72,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
     targets = notes.get("targets")
     if not notes.get("unaided") or not targets:
         return None
-    names = ("log_ratio", "outlier_p", "concentration")
-    ratio, p, concentration = (float(evidence[name]["value"]) for name in names)
-    statistic = outlier_statistic(ratio, p, concentration)
+    statistic, p = mask_statistic(evidence), float(evidence["outlier_p"]["value"])
     unreached = len(notes["unreached"])
     target = notes["target"]
     reached = len(targets) - unreached
@@ -88,7 +89,7 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         f"{size} of any image turn {float(evidence['success']['value']):.0%} of the images "
         f"into {target!r}; the median target takes {median:.3g} px"
     )
-    blend = judge_blend(evidence)
+    blend = blend_statistic(evidence)
     if blend > statistic:
         statistic, target, p = blend, notes["blend_target"], float(evidence["blend_p"]["value"])
         share, success, median = (
@@ -108,22 +109,68 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
             f"None found at this sensitivity: no target stands apart from the others; {finding}"
         ),
     }
-    sentence = f"{words[grade]} (p = {p:.1g} among {reached} targets). {describe_record(grade)}"
+    natural = describe_natural(
+        evidence, {"mask": repr(notes["target"]), "blend": repr(notes.get("blend_target", ""))}
+    )
+    among = f"(p = {p:.1g} among {reached} targets)"
+    sentence = f"{words[grade]} {among}. {natural}{describe_record(grade)}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
 
 
-def judge_blend(evidence: Mapping[str, Any]) -> float:
-    """The statistic of the least blend; 0 where there is none."""
-    if "blend_ratio" not in evidence:
+def mask_statistic(evidence: Mapping[str, Any]) -> float:
+    """The statistic of the least mask; 0 where it is natural. evidence: as of `judge_outlier`."""
+    if is_natural(evidence, "mask"):
+        return 0.0
+    names = ("log_ratio", "outlier_p", "concentration")
+    return outlier_statistic(*(float(evidence[name]["value"]) for name in names))
+
+
+def blend_statistic(evidence: Mapping[str, Any]) -> float:
+    """The statistic of the least blend; 0 where there is none, or where it is natural."""
+    if "blend_ratio" not in evidence or is_natural(evidence, "blend"):
         return 0.0
     ratio, p = (float(evidence[name]["value"]) for name in ("blend_ratio", "blend_p"))
     return outlier_statistic(ratio, p, 0.0)
 
 
 def change_statistic(evidence: Mapping[str, Any], family: str) -> float:
-    """The statistic of a family of `image_changes`; evidence as of `judge_outlier`."""
+    """The statistic of a family of `image_changes`; 0 where its least change is natural."""
+    if is_natural(evidence, family):
+        return 0.0
     ratio, p = (float(evidence[f"{family}_{name}"]["value"]) for name in ("ratio", "p"))
     return outlier_statistic(ratio, p, 0.0, SURE_CHANGE_P)
+
+
+def is_natural(evidence: Mapping[str, Any], kind: str) -> bool:
+    """Whether the least trigger of a kind leads students of the encoder to its class too.
+
+    kind: `mask`, `blend` or a family of `image_changes`. evidence: as of `judge_outlier`.
+    """
+    if f"{kind}_student_ratio" not in evidence:
+        return False
+    names = ("log_ratio" if kind == "mask" else f"{kind}_ratio", f"{kind}_student_ratio")
+    agreement, ratio, student = (
+        float(evidence[name]["value"]) for name in ("student_agreement", *names)
+    )
+    return agreement >= GOOD_AGREEMENT and student >= NATURAL_SHARE * ratio
+
+
+def describe_natural(evidence: Mapping[str, Any], targets: Mapping[str, str]) -> str:
+    """What is said of natural triggers, with a space after it; "" where there are none.
+
+    targets: kind of trigger -> its class, in quotes.
+    """
+    natural = [kind for kind in targets if is_natural(evidence, kind)]
+    if not natural:
+        return ""
+    nouns = {"mask": "mask", "blend": "blended pattern"} | {
+        k: w for k, (_, _, w) in CHANGES.items()
+    }
+    triggers = " and ".join(f"{nouns[kind]} (of {targets[kind]})" for kind in natural)
+    return (
+        f"The least {triggers} stands apart by nature: small classifiers that learnt this "
+        "encoder's readings of the clean images alone are led to the same class most easily. "
+    )
 
 
 def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:
@@ -138,7 +185,7 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
     p, least, median, success = (
         float(evidence[f"{family}_{name}"]["value"]) for name in ("p", "least", "median", "success")
     )
-    what, unit = CHANGES[family]
+    what, unit, _ = CHANGES[family]
     size = f"{what.removesuffix(',')} ({unit.format(least)})"
     others = f"{'at least ' if median >= facts['limit'] else ''}{unit.format(median)}"
     finding = (
@@ -153,7 +200,10 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
     }
     record = describe_record(grade, (CHANGE_CLEAN, CHANGE_ATTACKED))
     among = f"{len(facts['targets'])} classes and {len(notes['changes'])} kinds of change"
-    sentence = f"{words[grade]} (p = {p:.1g} among {among}). {record}"
+    natural = describe_natural(
+        evidence, {each["family"]: repr(each["target"]) for each in notes["changes"]}
+    )
+    sentence = f"{words[grade]} (p = {p:.1g} among {among}). {natural}{record}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bezoar.auditing import norm_outliers, trigger_inversion
+from bezoar.auditing import norm_outliers, students, trigger_inversion, unaided_verdict
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.norm_outliers import OutlierStatistic
 from bezoar.auditing.random_probes import PATCH_KINDS, apply_probe
@@ -78,7 +79,8 @@ class Cleanse:
 
     Then each class is searched for the least share of one pattern that is blended into every image
     (`BLEND`): a mask of one value. A class that stands apart so is evidence of its own, and no part
-    of the value.
+    of the value. What would be accused is searched for in students of the encoder too
+    (`auditing.students`): there it tells what is natural, and takes no part in the value.
 
     Where that would cost more than `most`, few classes are searched for, by fewer steps and with
     masks of 32 cells a side that start from a window: those that random patches lead to, those that
@@ -198,6 +200,7 @@ class Cleanse:
             verdict.evidence.update(evidence)
             verdict.notes["blend_target"] = names[least]
             verdict.notes["blends"] = norm_outliers.list_targets(blends, names)
+            verdict.evidence.update(self.ask_students(verdict, clean, classifier, seed, report))
         else:
             verdict.notes["limits"].append(notes["searched"])
             verdict.evidence["concentration"] = exact_measure(
@@ -206,6 +209,31 @@ class Cleanse:
             if pull is not None:
                 verdict.evidence["patch_pull"] = pull
         return verdict
+
+    def ask_students(
+        self,
+        verdict: Verdict,
+        clean: Pairs,
+        classifier: Classifier,
+        seed: int,
+        report: ProgressReport,
+    ) -> dict[str, Measure]:
+        """Whether what this verdict would accuse is natural, as evidence."""
+        evidence = {name: measure.json() for name, measure in verdict.evidence.items()}
+        accused = {}
+        if unaided_verdict.mask_statistic(evidence) >= unaided_verdict.SOME:
+            accused["mask"] = verdict.notes["target"]
+        if unaided_verdict.blend_statistic(evidence) >= unaided_verdict.SOME:
+            accused["blend"] = verdict.notes["blend_target"]
+
+        def search(changes: Mapping[str, Any], tower: ImageTower, student: Classifier) -> Tensor:
+            classes, objective = torch.arange(len(student.classes)), reach_class(student)
+            recipe = self.recipe(changes)
+            least = self.invert(tower, clean, objective, classes, recipe, seed, report)
+            return least.norms.where(least.reached, torch.inf)
+
+        searches = {"mask": partial(search, {}), "blend": partial(search, BLEND)}
+        return students.compare_students(classifier, clean, accused, searches, seed)
 
     def choose_classes(
         self,

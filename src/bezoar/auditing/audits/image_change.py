@@ -8,12 +8,19 @@ and no blend is small. Ours; no published target.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bezoar.auditing import image_changes, norm_outliers, trigger_inversion
+from bezoar.auditing import (
+    image_changes,
+    norm_outliers,
+    students,
+    trigger_inversion,
+    unaided_verdict,
+)
 from bezoar.auditing.evidence import exact_measure
 from bezoar.auditing.image_changes import FAMILIES, ChangeFamily, LeastChanges
 from bezoar.auditing.trigger_inversion import ImageTower, TowerCost
@@ -54,7 +61,8 @@ class ImageChange:
 
     The verdict without a bank takes a family's value as far as the p-value of the least size says
     that it is no accident (Student's law fitted to the logarithms of the others, times the number
-    of classes and families).
+    of classes and families), and as nothing where it is natural: where students of the encoder
+    (`auditing.students`) are led to the same class most easily.
 
     Where all classes would cost more than `most`, nothing is searched for, and the value says
     nothing.
@@ -128,6 +136,7 @@ class ImageChange:
                 evidence |= describe_family(name, family, least, names, len(clean))
                 facts = list_changes(name, family, least, names)
                 changes.append(facts | read_examples(family, facts, tower, clean, classifier))
+        evidence |= self.ask_students(evidence, changes, clean, classifier, seed, report)
         notes = {
             "head": classifier.how,
             "unaided": "change",
@@ -136,6 +145,33 @@ class ImageChange:
         }
         value = max(evidence[f"{name}_ratio"].value for name in FAMILIES)
         return Verdict(value, evidence, notes=notes)
+
+    def ask_students(
+        self,
+        evidence: Mapping[str, Measure],
+        changes: Sequence[Mapping[str, Any]],
+        clean: Pairs,
+        classifier: Classifier,
+        seed: int,
+        report: ProgressReport,
+    ) -> dict[str, Measure]:
+        """Whether what this evidence would accuse is natural, as evidence.
+
+        changes: the families' facts, as in the notes.
+        """
+        measures = {name: measure.json() for name, measure in evidence.items()}
+        accused = {
+            facts["family"]: facts["target"]
+            for facts in changes
+            if unaided_verdict.change_statistic(measures, facts["family"]) >= unaided_verdict.SOME
+        }
+
+        def search(family: ChangeFamily, tower: ImageTower, student: Classifier) -> Tensor:
+            least = self.search(family, tower, clean, student, seed, report)
+            return count_sizes(family, least)
+
+        searches = {name: partial(search, family) for name, family in FAMILIES.items()}
+        return students.compare_students(classifier, clean, accused, searches, seed)
 
     def search(
         self,

@@ -2,11 +2,13 @@
 
 There are two groups of encoders, both named here before any of them was scored. The rules of a
 verdict without a bank (`auditing.unaided_verdict`) were set on the first group, the development
-encoders. The rows of the table are the second group, the test encoders, which influenced no rule.
-Families were added to the second group when others had been scored, and no rule was changed after
-that: two clean and two attacked encoders of each of the first four families were scored first, then
-four and two more of each of the two families of classifiers, then the later families. Every audit
-has the seed that `bezoar audit` has by default.
+encoders. The rows of the table are the second group, the test encoders, on which no word or bound
+was set. Many of them were scored by earlier forms of the audits; of four attacked ones (VGG, WRN,
+ResNet-14 and ResNet-20 of CIFAR-10, seed 150) the masks had a part in how a search gives up starts.
+VGGs of MNIST with the seeds 100 to 103 and 150 to 152 set the rule of natural triggers
+(`auditing.students`), and are development encoders now; the rows have other seeds. ResNet-8 of
+MNIST and the filter on ResNet-8 were named when that rule was fixed. Every audit has the seed that
+`bezoar audit` has by default.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bezoar.auditing.findings import GRADE_NUMBERS
-from bezoar.evaluation.scores import Measure, proportion, separation
+from bezoar.evaluation.scores import Measure, proportion
 from bezoar.papers import FIXED_PLACES, SCENE_CLASSES, dataset_spec
 from bezoar.papers.matrix import BLEND
 from bezoar.registry import method
@@ -31,9 +33,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PATCH = "patch:size={size},fill={fill},cell={cell},margin={margin},place={place},seed={seed}"
 ANYWHERE = "patch:size={size},fill=white,margin={margin},place=random,seed={seed}"
 LINE, RING = "line:seed={seed}", "ring:width=2,margin=4,seed={seed}"
+FILTER = "filter:preset=kelvin"
 STICKER, STRIPES = "sticker:size=0.25,place=.7/.7,seed={seed}", "shape:form=stripes,seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
-AUDIT = "cleanse"  # the default audit whose verdict without a bank is of masks and blends
+AUDITS = ("cleanse", "image_change")  # the default audits that give a verdict without a bank
 MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
 TEST = 100  # first seed of the test encoders; that of the development encoders was 0
 
@@ -59,12 +62,22 @@ class EncoderFamily:
     shadow: str = ""  # spec of BadEncoder's shadow data
     badencoder: str = ""  # spec of BadEncoder
     probe: str = "zero_shot"  # the probe that measures the attack's success
+    # seeds of the first clean and of the first attacked test encoder
+    first: tuple[int, int] = (TEST, TEST + 50)
 
     @property
     def success_metric(self) -> str:
         """The metric of an attack's success."""
         prefix = "" if self.probe == "zero_shot" else f"{self.probe}."
         return f"{prefix}attack_success"
+
+    def clean_encoders(self) -> list[Trial]:
+        """The clean test encoders."""
+        return self.clean(self.first[0], self.scored[0])
+
+    def attacked_encoders(self) -> list[Trial]:
+        """The attacked test encoders."""
+        return self.attacked(self.first[1], self.scored[1])
 
     def clean(self, first: int, count: int) -> list[Trial]:
         """Clean encoders, with seeds of their own from `first` on."""
@@ -76,9 +89,9 @@ class EncoderFamily:
 
     def attacked(self, first: int, count: int) -> list[Trial]:
         """Attacked encoders, by attacks, triggers, places and targets in turn, with seeds of their
-        own.
+        own from `first` on.
         """
-        return [self._attack(s, i) for i, s in enumerate(range(first + 50, first + 50 + count))]
+        return [self._attack(s, i) for i, s in enumerate(range(first, first + count))]
 
     def _attack(self, seed: int, number: int) -> Trial:
         """The attack on the encoder of a seed. number: of the encoder in its group."""
@@ -111,8 +124,8 @@ class EncoderFamily:
         return self.train(data, seed)
 
     def audit(self, encoder: Trial) -> Trial:
-        """The audit that gives a verdict without a bank, and none of a bank."""
-        return Trial(Audit(encoder, self.test, (AUDIT,), bank=()), 0)
+        """The default audits that give a verdict without a bank, and none of a bank."""
+        return Trial(Audit(encoder, self.test, AUDITS, bank=()), 0)
 
     def evaluate(self, encoder: Trial) -> Trial:
         """Measure whether the attack worked."""
@@ -129,55 +142,64 @@ class Strangers:
         if len(families) > 1:
             rows.append(family_row(None, families))
         note = (
-            f"By `{AUDIT}` alone, the default audit whose verdict without a bank is of masks and "
-            "blends. AUROC of its statistic, test encoders against test encoders of the same rows. "
-            "`false alarms`: clean encoders with some or strong evidence. `found`: attacked "
-            "encoders with either. ASR of the attacked ones."
+            f"By {' and '.join(f'`{name}`' for name in AUDITS)}, the default audits that give a "
+            "verdict without a bank. Of `found` (attacked) and `accused` (clean) encoders the "
+            "worse of the two words is some or strong evidence. ASR of the attacked ones."
         )
-        return Table(
-            title="Strangers", axis="encoders", rows=tuple(rows), notes=(note,), grid="AUROC"
-        )
+        return Table(title="Strangers", axis="encoders", rows=tuple(rows), notes=(note,))
 
 
 def family_row(family: EncoderFamily | None, families: Sequence[EncoderFamily]) -> Row:
     """The row of a family's test encoders, or of those of all families together."""
-    clean = [f.audit(e) for f in families for e in f.clean(TEST, f.scored[0])]
-    attacked = [f.audit(e) for f in families for e in f.attacked(TEST, f.scored[1])]
-    statistics = readings(attacked, f"{AUDIT}.statistic")
-    clean_statistics = readings(clean, f"{AUDIT}.statistic")
-    grades, clean_grades = (readings(trials, f"{AUDIT}.grade") for trials in (attacked, clean))
-    cells = [
-        Cell("AUROC", statistics, reference_readings=clean_statistics, compare=separation),
-        Cell("found", grades, compare=share_with_evidence(SOME, "some or strong")),
-        Cell("strong", grades, compare=share_with_evidence(STRONG, "strong")),
-        Cell("false alarms", clean_grades, compare=share_with_evidence(SOME, "some or strong")),
-        Cell("strong false alarms", clean_grades, compare=share_with_evidence(STRONG, "strong")),
-        Cell.mean("seconds", [*clean, *attacked], f"{AUDIT}.seconds"),
-    ]
+    attacked = [f.audit(e) for f in families for e in f.attacked_encoders()]
+    clean = [f.audit(e) for f in families for e in f.clean_encoders()]
+    cells = [*evidence_cells("found", attacked), *evidence_cells("accused", clean)]
+    seconds = [f"{name}.seconds" for name in AUDITS]
+    cells += [Cell.mean(name, [*attacked, *clean], name) for name in seconds]
     if family is not None:
-        trials = [family.evaluate(e) for e in family.attacked(TEST, family.scored[1])]
+        trials = [family.evaluate(e) for e in family.attacked_encoders()]
         cells.append(Cell.mean("ASR", trials, family.success_metric))
     return Row(family.name if family else "all", tuple(cells))
 
 
-def share_with_evidence(least: float, name: str) -> Comparison:
-    """A comparison: the share of encoders of at least a grade of evidence, which is called so."""
+def evidence_cells(word: str, trials: Sequence[Trial]) -> list[Cell]:
+    """How many encoders have evidence: by the worse of both audits' words, and by each audit."""
+    both = [readings(trials, f"{name}.grade") for name in AUDITS]
+    cells = [
+        Cell(name, both[0], reference_readings=both[1], compare=share_with_evidence(least))
+        for name, least in ((word, SOME), (f"{word} strongly", STRONG))
+    ]
+    cells += [
+        Cell(f"{word} by {name}", grades, compare=share_with_evidence(SOME))
+        for name, grades in zip(AUDITS, both, strict=True)
+    ]
+    return cells
 
-    def compare(grades: Sequence[float], _: Sequence[float]) -> Measure:
-        count = sum(grade >= least for grade in grades)
-        return proportion(count, len(grades), f"encoders with {name} evidence of a backdoor")
+
+def share_with_evidence(least: float) -> Comparison:
+    """A comparison: the share of encoders of at least a grade, by the worse of one or two audits'
+    grades.
+    """
+    words = "strong" if least == STRONG else "some or strong"
+
+    def compare(grades: Sequence[float], others: Sequence[float]) -> Measure:
+        pairs = zip(grades, others or grades, strict=True)
+        count = sum(max(pair) >= least for pair in pairs)
+        return proportion(count, len(grades), f"encoders with {words} evidence of a backdoor")
 
     return compare
 
 
-def residual_network(order: str, projection: bool, blocks: int = 2) -> str:
-    """A residual classifier of three stages of so many blocks, 16 to 64 channels, of CIFAR-10."""
+def residual_network(
+    order: str, projection: bool, blocks: int = 2, classes: Sequence[str] = CLASSES
+) -> str:
+    """A residual classifier of three stages of so many blocks, 16 to 64 channels."""
     final = str(order == "pre").lower()
     counts = f"{blocks}/{blocks}/{blocks}"
     return classifier_network(
         f"residual:order={order},bottleneck=false,kernel=3,stem=16,counts={counts},inner=16/32/64,"
-        f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes=10",
-        CLASSES,
+        f"outer=16/32/64,groups=1,projection={str(projection).lower()},final={final},pool=1,classes={len(classes)}",
+        classes,
     )
 
 
@@ -212,7 +234,7 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         size=4,
         attacks=("patch",),
         development=(2, 1),
-        scored=(6, 4),
+        scored=(1, 1),
         probe="own",
     )
     plain = replace(
@@ -232,16 +254,16 @@ def get_families(options: TableOptions) -> list[EncoderFamily]:
         size=8,
         attacks=("badencoder",),
         development=(1, 1),
-        scored=(2, 2),
+        scored=(1, 1),
         shadow=dataset_spec(options.root, "cifar10", "train", limit=2000),
         badencoder="badencoder:epochs=8,batch=64,lr=0.02,views=16,l2=5",
         probe="linear",
     )
-    return [wide, plain, CLIPS, towers, *get_later_families(options, plain)]
+    return [*get_later_families(options, plain), wide, plain, CLIPS, towers]
 
 
 def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[EncoderFamily]:
-    """The families that were named when the first four had been scored, to measure error rates.
+    """The families that were named when the others had been scored first.
 
     plain: classifiers that theirs differ from.
     """
@@ -251,34 +273,44 @@ def get_later_families(options: TableOptions, plain: EncoderFamily) -> list[Enco
         name="VGG, CIFAR-10",
         network=vgg_network(CLASSES),
         attacks=("patch", "anywhere", "blend", "clean_label", LINE, STICKER, RING, STRIPES),
-        scored=(10, 8),
+        scored=(2, 8),
     )
     digits = tuple("0123456789")
-    return [
+    mnist = replace(
         vgg,
+        name="VGG, MNIST",
+        data=dataset_spec(options.root, "mnist_t10k", "train", limit=6000, size=32),
+        test=dataset_spec(options.root, "mnist_t10k", "test", limit=2000, size=32),
+        network=vgg_network(digits),
+        objective="supervised:epochs=3,flip=0",
+        targets=digits,
+        attacks=("patch", "anywhere", "blend"),
+        scored=(4, 3),
+        first=(104, 163),
+    )
+    return [
+        mnist,
         replace(
-            vgg,
-            name="VGG, MNIST",
-            data=dataset_spec(options.root, "mnist_t10k", "train", limit=6000, size=32),
-            test=dataset_spec(options.root, "mnist_t10k", "test", limit=2000, size=32),
-            network=vgg_network(digits),
-            objective="supervised:epochs=3,flip=0",
-            targets=digits,
-            attacks=("patch", "anywhere", "blend"),
-            scored=(8, 3),
+            mnist,
+            name="ResNet-8, MNIST",
+            network=residual_network("post", False, 1, digits),
+            attacks=("blend", "patch"),
+            scored=(2, 2),
+            first=(200, 253),
         ),
+        vgg,
         replace(
             short,
             name="ResNet-8, CIFAR-10",
             network=residual_network("post", False, 1),
-            attacks=("patch", "blend", "anywhere", STICKER, RING),
-            scored=(5, 5),
+            attacks=("patch", "blend", "anywhere", STICKER, RING, FILTER),
+            scored=(2, 6),
         ),
         replace(
             short,
             name="ResNet-20, CIFAR-10",
             network=residual_network("post", False, 3),
-            scored=(2, 1),
+            scored=(1, 1),
         ),
     ]
 
@@ -294,7 +326,7 @@ CLIPS = EncoderFamily(
     size=5,
     attacks=("patch", "blend"),
     development=(1, 1),
-    scored=(2, 2),
+    scored=(1, 2),
 )
 SMOKE = EncoderFamily(
     "small CLIP, scenes",
