@@ -14,6 +14,7 @@ from bezoar.evaluation.dose_response import judge
 from bezoar.evaluation.scores import proportion, separation
 from bezoar.papers import dataset_spec
 from bezoar.papers.badencoder2022 import real_encoder
+from bezoar.papers.matrix import strangers
 from bezoar.papers.matrix.audits import share_above_other_half
 from bezoar.runs.sweep import dependency_graph
 from bezoar.runs.tables import Results, TableOptions, share_above_threshold
@@ -297,3 +298,18 @@ def test_the_headline_and_the_law_share_the_largest_trainings():
         registry.make("paper", "carlini2022/headline:epochs=-1")
     with pytest.raises(UserError, match="sizes are some of 20000"):
         registry.make("paper", "carlini2022/law:sizes=(5,)")
+
+
+def test_evidence_of_either_audit_counts_and_no_training_stands_on_both_sides():
+    some = strangers.share_with_evidence(strangers.SOME)
+    strong = strangers.share_with_evidence(strangers.STRONG)
+    cleanse, change = [0, 2, -1, 1], [1, 0, -1, 0]  # could not tell: -1
+    assert [m.value for m in (some(cleanse, change), some(cleanse, []))] == [0.75, 0.5]
+    assert strong(cleanse, change).value == 0.25 and strong(cleanse, change).n == 4
+    for family in strangers.get_families(TableOptions("small")):
+        clean, attacked = family.clean_encoders(), family.attacked_encoders()
+        assert (len(clean), len(attacked)) == family.scored
+        seeds = [trial.seed for trial in (*clean, *attacked)]
+        assert len(set(seeds)) == len(seeds) and min(seeds) >= strangers.TEST
+        if family.name == "VGG, MNIST":  # those set the rule of natural triggers
+            assert not set(seeds) & {100, 101, 102, 103, 150, 151, 152}
