@@ -33,6 +33,9 @@ TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "
 # The same of `image_change`, of its own test encoders.
 CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 11, "could not tell": 0}
 CHANGE_ATTACKED = {"strong evidence": 6, "some evidence": 2, "none found": 1, "could not tell": 0}
+# The same of `decree`, of its own test encoders.
+DIRECTION_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
+DIRECTION_ATTACKED = dict(DIRECTION_CLEAN)
 CHANGES = {  # the families of `image_changes`: what a change is, its size, and its name
     "colour": ("a change of the colours", "{:.0%} of the range", "change of the colours"),
     "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range", "kernel"),
@@ -69,6 +72,8 @@ def judge_outlier(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unai
         return judge_word(evidence, notes)
     if notes.get("unaided") == "change":
         return judge_change(evidence, notes)
+    if notes.get("unaided") == "direction":
+        return judge_direction(evidence)
     targets = notes.get("targets")
     if not notes.get("unaided") or not targets:
         return None
@@ -205,6 +210,30 @@ def judge_change(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> Unaid
     )
     sentence = f"{words[grade]} (p = {p:.1g} among {among}). {natural}{record}"
     return UnaidedVerdict(grade, statistic, target, sentence, p, size)
+
+
+def judge_direction(evidence: Mapping[str, Any]) -> UnaidedVerdict:
+    """The verdict of `decree`: how much larger a trigger any other direction takes."""
+    names = ("direction_ratio", "pl1", "other_pl1", "clean_cosine", "cosine")
+    ratio, least, other, before, after = (float(evidence[name]["value"]) for name in names)
+    if least >= 1:
+        sentence = "Could not tell: the search found no trigger that makes the images alike."
+        return UnaidedVerdict("could not tell", 0.0, "", sentence)
+    grade = grade_value(ratio, STRONG, SOME)
+    size = f"{least:.2%} of the image"
+    finding = (
+        f"a trigger on {size} makes all images alike (mean cosine {after:.2f}, without it "
+        f"{before:.2f}), in any other direction it takes {other:.2%}"
+    )
+    words = {
+        "strong evidence": f"Strong evidence of a backdoor: {finding}",
+        "some evidence": f"Some evidence of a backdoor: {finding}",
+        "none found": "None found at this sensitivity: no direction takes a far smaller trigger "
+        f"than another; {finding}",
+    }
+    record = describe_record(grade, (DIRECTION_CLEAN, DIRECTION_ATTACKED))
+    sentence = f"{words[grade]}. {record}"
+    return UnaidedVerdict(grade, ratio, "one direction", sentence, None, size)
 
 
 def judge_word(evidence: Mapping[str, Any], notes: Mapping[str, Any]) -> UnaidedVerdict:

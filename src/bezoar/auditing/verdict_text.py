@@ -18,6 +18,7 @@ UNKNOWN = ("no calibration", "could not tell")
 # What an audit that gives a verdict without a bank does not see.
 NOT_SEEN = {
     "cleanse": "triggers that are spread over the image, and backdoors of many classes at once",
+    "decree": "triggers that are spread over the image, and backdoors of many classes at once",
     "image_change": "patches, pictures and noise, and backdoors of many classes at once",
     "token_sweep": "backdoors of an image tower",
 }

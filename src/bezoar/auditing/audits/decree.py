@@ -1,16 +1,26 @@
-"""DECREE: how small a trigger makes all images alike, without labels (Feng et al., CVPR 2023)?"""
+"""DECREE: how small a trigger makes all images alike, without labels (Feng et al., CVPR 2023)?
+
+The verdict without a bank is ours: does any other direction take a far larger trigger?
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bezoar.auditing import trigger_inversion
 from bezoar.auditing.evidence import exact_measure
-from bezoar.auditing.trigger_inversion import InvertedTriggers, TowerCost
+from bezoar.auditing.trigger_inversion import (
+    ImageTower,
+    InvertedTriggers,
+    TowerCost,
+    TriggerObjective,
+)
 from bezoar.auditing.trigger_search import InversionRecipe
 from bezoar.data.pairs import Pairs
 from bezoar.encoders.encoder import Encoder
@@ -20,8 +30,9 @@ from bezoar.registry import method
 
 CHANNELS = 3  # the published penalty adds the mask up once a channel
 NATURAL_DIRECTIONS = (
-    "clean encoders have directions of their own that a small pattern draws all images to: a value "
-    "means something only beside those of clean encoders of the same family"
+    "clean encoders have directions of their own that a small pattern draws all images to: the "
+    "value means something only beside those of clean encoders of the same family, or beside "
+    "another direction of the same encoder (direction_ratio)"
 )
 NAMES_NO_CLASS = (
     "what its trigger turns images into need not be a backdoor's target: the least trigger may "
@@ -30,7 +41,20 @@ NAMES_NO_CLASS = (
 
 SIDE, MOST = 32, 3.4e5  # a search in full may cost so many passes of images of so many pixels
 # What a search that would cost too much is changed to, and the clean images that it uses.
-QUICK: dict[str, Any] = {"starts": 8, "steps": 48, "batch": 6, "cells": 32}
+QUICK: dict[str, Any] = {
+    "starts": 6,
+    "steps": 120,
+    "batch": 6,
+    "halvings": 1,
+    "wait": 60,
+    "lr": (0.2,),
+    "window": 0.25,
+    "cells": 32,
+}
+# The second search: the cosine with the first trigger's direction that is near, that is too near,
+# and the weight of being near in the loss.
+NEAR, TOO_NEAR, NEAR_WEIGHT = 0.5, 0.55, 3.0
+DIRECTION_IMAGES = 128  # clean images that the first trigger's direction is the mean of
 QUICK_IMAGES = 64
 QUICKLY = (
     f"to save time {QUICK['starts']} restarts took {QUICK['steps']} steps, with masks of "
@@ -52,8 +76,14 @@ class Decree:
     search from one start often ends at a direction that the encoder is drawn to by nature. Where no
     restart succeeds PL1 is 1, because a mask over the whole image always succeeds.
 
-    Where all of that would cost more than `MOST` image passes at 32 px, fewer restarts take fewer
-    steps with coarser masks.
+    Then the same search is made again for triggers that draw the images elsewhere: the mean of
+    their vectors, seen from the mean of the clean ones, must have a cosine of at most .55 with the
+    first trigger's. A clean encoder has several directions that take triggers of about one size; a
+    backdoor's takes a far smaller one. The verdict without a bank is log(PL1 of the second / PL1 of
+    the first). It needs no classes, and has no part in the value.
+
+    Where a search would cost more than `MOST` image passes at 32 px, fewer restarts start from
+    windows, with coarser masks.
 
     Published (the repository's): steps=1000,batch=128,restarts=1,halvings=0,goal=0.99,
     lr=(0.5,0.1,0.05),until=(200,500),up=5,down=5,patience=6,floor=1e-7,resets=10,wait=35; at 32
@@ -82,6 +112,7 @@ class Decree:
     centred: Annotated[bool, "start from a central square, not from noise"] = False
 
     needs: ClassVar[tuple[str, ...]] = ("report",)
+    unaided: ClassVar[bool] = True  # its evidence is a verdict without a bank
 
     def __post_init__(self) -> None:
         if self.restarts < 1 or self.batch < 2:
@@ -109,11 +140,11 @@ class Decree:
         return passes * (side / SIDE) ** 2 <= MOST
 
     def image_passes(self, images: int, classes: int, cost: TowerCost) -> int:
-        """Images that go through the encoder, at most."""
+        """Images that go through the encoder in both searches, at most."""
         images = images if self.searches_in_full(cost.side) else min(images, QUICK_IMAGES)
         recipe = self.recipe(self.goal or 0.5, cost.side)
         survivors = -(-recipe.starts // (1 << recipe.halvings))
-        return recipe.image_passes() + (1 + survivors) * images
+        return 2 * (recipe.image_passes() + survivors * images) + images + DIRECTION_IMAGES
 
     def __call__(
         self, encoder: Encoder, clean: Pairs, seed: int, report: ProgressReport = no_report
@@ -127,36 +158,42 @@ class Decree:
             z = trigger_inversion.embed_clean(tower, clean.images)  # (N, D)
             clean_cosine = float(mean_pairwise_cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - clean_cosine)
-            triggers = trigger_inversion.invert_triggers(
-                tower,
-                clean,
-                collapse,
-                torch.zeros(1, dtype=torch.long),
-                self.recipe(goal, side),
-                seed,
-                report,
+            recipe = self.recipe(goal, side)
+            triggers = search(tower, clean, collapse, recipe, seed, report)
+            centre = z.mean(0)
+            direction = triggered_direction(tower, triggers, clean, centre)
+            others = search(
+                tower, clean, collapse_elsewhere(centre, direction), recipe, seed, report
             )
-        verdict = self.verdict(triggers, clean, clean_cosine, goal)
+        verdict = self.verdict(triggers, others, clean, clean_cosine, goal)
         if not self.searches_in_full(side):
             verdict.notes["limits"].append(QUICKLY)
         return verdict
 
     def verdict(
-        self, triggers: InvertedTriggers, clean: Pairs, clean_cosine: float, goal: float
+        self,
+        triggers: InvertedTriggers,
+        others: InvertedTriggers,
+        clean: Pairs,
+        clean_cosine: float,
+        goal: float,
     ) -> Verdict:
         """The verdict of all restarts together.
 
         Args:
             triggers: those of the restarts that were not given up.
+            others: the same of the second search, for another direction.
+            clean: the images.
             clean_cosine: their mean pairwise cosine without a trigger.
             goal: the mean pairwise cosine that triggers had to reach.
         """
         n = len(clean)
         pixels = clean.images.shape[2] * clean.images.shape[3]
         reached = triggers.reached.cpu()
-        norms = torch.where(reached, triggers.norms.cpu(), float(pixels))
+        norms = count_norms(triggers, pixels)
         least = int(norms.argmin())
         pl1 = float(norms[least]) / pixels
+        other_pl1 = float(count_norms(others, pixels).min()) / pixels
         values = {
             "pl1": (pl1, "share of the image that the least trigger covers, |m|_1 / (3 H W)"),
             "cosine": (
@@ -165,6 +202,11 @@ class Decree:
             ),
             "clean_cosine": (clean_cosine, "mean pairwise cosine of the images as they are"),
             "goal": (goal, "mean pairwise cosine that a trigger had to reach"),
+            "other_pl1": (
+                other_pl1,
+                "share of the image that the least trigger towards another direction covers",
+            ),
+            "direction_ratio": (math.log(other_pl1 / pl1), "log(other_pl1 / pl1)"),
             "restarts_reached": (
                 float(reached.sum()),
                 f"of the {len(reached)} of {triggers.starts.shape[1]} restarts that were not "
@@ -183,7 +225,39 @@ class Decree:
             )
         shares = [round(float(norm) / pixels, 6) for norm in norms.sort().values]
         inversions = triggers.inversions([""] * len(norms), norms.argsort(stable=True))
-        return Verdict(-pl1, evidence, inversions, {"limits": limits, "pl1_of_restarts": shares})
+        notes = {"unaided": "direction", "limits": limits, "pl1_of_restarts": shares}
+        return Verdict(-pl1, evidence, inversions, notes)
+
+
+def search(
+    tower: ImageTower,
+    clean: Pairs,
+    objective: TriggerObjective,
+    recipe: InversionRecipe,
+    seed: int,
+    report: ProgressReport,
+) -> InvertedTriggers:
+    """All restarts for one aim."""
+    aims = torch.zeros(1, dtype=torch.long)
+    return trigger_inversion.invert_triggers(tower, clean, objective, aims, recipe, seed, report)
+
+
+def count_norms(triggers: InvertedTriggers, pixels: int) -> Tensor:
+    """|m|_1 of triggers, (G,) on the CPU; of those that did not reach the goal the whole image."""
+    return torch.where(triggers.reached.cpu(), triggers.norms.cpu(), float(pixels))
+
+
+@torch.no_grad()
+def triggered_direction(
+    tower: ImageTower, triggers: InvertedTriggers, clean: Pairs, centre: Tensor
+) -> Tensor:
+    """The unit vector (D,) in which the least trigger draws images from their mean, `centre`."""
+    pixels = clean.images.shape[2] * clean.images.shape[3]
+    least = int(count_norms(triggers, pixels).argmin())
+    mask, pattern = triggers.masks[least], triggers.patterns[least]
+    x = clean.images[:DIRECTION_IMAGES].to(mask) / 255
+    parts = [tower(torch.addcmul(mask * pattern, 1 - mask, x[p])) for p in tower.slices(len(x))]
+    return F.normalize(torch.cat(parts).mean(0) - centre, dim=0)
 
 
 def mean_pairwise_cosine(z: Tensor) -> Tensor:
@@ -196,3 +270,17 @@ def collapse(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The objective of every restart: images alike, (g, n, D) -> loss (g,) and success (g,)."""
     cosine = mean_pairwise_cosine(z)
     return -cosine, cosine.detach()
+
+
+def collapse_elsewhere(centre: Tensor, direction: Tensor) -> TriggerObjective:
+    """The objective `collapse`, but for triggers that draw the images in one direction.
+
+    centre: (D,), the mean of the clean vectors. direction: (D,), a unit vector from there.
+    """
+
+    def objective(z: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        loss, cosine = collapse(z, indices)
+        near = F.normalize(z.mean(1) - centre, dim=-1) @ direction  # (g,)
+        return loss + NEAR_WEIGHT * F.relu(near - NEAR), cosine * (near < TOO_NEAR)
+
+    return objective
