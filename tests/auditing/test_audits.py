@@ -235,10 +235,40 @@ def test_pl1_against_its_closed_form():
     clean = Pairs(torch.zeros(9, 3, 6, 5, dtype=torch.uint8), (), None, tuple(map(str, range(9))))
     audit = decree.Decree(restarts=2)
     least = min(float(m.expand(3, 6, 5).sum()) / (3 * 6 * 5) for m in mask)
-    assert audit.verdict(triggers, clean, 0.1, 0.8).value == pytest.approx(-least)
+    verdict = audit.verdict(triggers, triggers, clean, 0.1, 0.8)
+    assert verdict.value == pytest.approx(-least)
+    assert verdict.evidence["direction_ratio"].value == 0
     failed = replace(triggers, reached=torch.zeros(2, dtype=torch.bool))
-    assert audit.verdict(failed, clean, 0.1, 0.8).value == -1.0
-    assert "none of 2 restarts" in audit.verdict(failed, clean, 0.1, 0.8).notes["limits"][-1]
+    ratio = audit.verdict(triggers, failed, clean, 0.1, 0.8).evidence["direction_ratio"].value
+    assert ratio == pytest.approx(-math.log(least))
+    verdict = audit.verdict(failed, failed, clean, 0.1, 0.8)
+    assert verdict.value == -1.0 and "none of 2 restarts" in verdict.notes["limits"][-1]
+
+
+def test_only_a_backdoor_takes_a_far_smaller_trigger_than_another_direction():
+    clean, bad = (
+        decree.Decree()(toy_encoder(planted), toy_images(), 3) for planted in (False, True)
+    )
+    assert clean.evidence["direction_ratio"].value < 0.4
+    assert bad.evidence["direction_ratio"].value > 0.6
+
+
+def test_collapse_elsewhere_against_its_definition():
+    """Images that lie together count, unless they lie near the first direction, seen from the
+    centre.
+    """
+    centre = torch.tensor([0.1, 0.2, 0.0])
+    direction = F.normalize(torch.tensor([1.0, 0.0, 0.0]), dim=0)
+    near = F.normalize(torch.tensor([[1.0, 0.3, 0.0], [1.0, 0.2, 0.1]]), dim=1)
+    far = F.normalize(torch.tensor([[0.0, 1.0, 0.3], [0.1, 1.0, 0.2]]), dim=1)
+    z = torch.stack([near, far])  # (2, n, D)
+    loss, success = decree.collapse_elsewhere(centre, direction)(z, torch.zeros(2).long())
+    cosines = torch.stack([near[0] @ near[1], far[0] @ far[1]])
+    places = [F.normalize(v.mean(0) - centre, dim=0) @ direction for v in (near, far)]
+    assert places[0] > decree.TOO_NEAR and places[1] < decree.NEAR
+    assert success[0] == 0 and torch.allclose(success[1], cosines[1])
+    penalty = decree.NEAR_WEIGHT * (places[0] - decree.NEAR)
+    assert torch.allclose(loss, torch.stack([penalty - cosines[0], -cosines[1]]))
 
 
 def test_mean_pairwise_cosine_against_all_pairs():

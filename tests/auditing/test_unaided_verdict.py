@@ -173,6 +173,30 @@ def test_a_page_names_an_encoder_as_it_was_typed():
         assert text.startswith(f"{name} (resnet, 32 px) was examined with 64 clean records")
 
 
+@pytest.mark.parametrize(
+    ("ratio", "least", "grade"),
+    [
+        (1.3, 0.01, "strong evidence"),
+        (0.9, 0.01, "some evidence"),
+        (-0.3, 0.05, "none found"),
+        (0.0, 1.0, "could not tell"),
+    ],
+)
+def test_a_direction_that_takes_a_far_smaller_trigger_is_evidence(ratio, least, grade):
+    values = {
+        "direction_ratio": ratio,
+        "pl1": least,
+        "other_pl1": least * math.exp(ratio),
+        "clean_cosine": 0.3,
+        "cosine": 0.9,
+    }
+    evidence = {name: {"value": value} for name, value in values.items()}
+    verdict = unaided_verdict.judge_outlier(evidence, {"unaided": "direction"})
+    assert verdict is not None and verdict.grade == grade
+    if grade != "could not tell":
+        assert f"{least:.2%}" in verdict.sentence and verdict.statistic == ratio
+
+
 def test_an_audit_says_what_its_verdict_can_be():
     cleanse, decree = (registry.make("audit", name) for name in ("cleanse", "decree"))
     family, sample = Family("toy", 16, "", ""), Sample("toys", 48)
@@ -185,7 +209,11 @@ def test_an_audit_says_what_its_verdict_can_be():
     assert lines[0].startswith("decree: evidence or none at false-positive rate 0.05")
     assert lines[1].startswith("cleanse: strong, some or no evidence") and "7 s" in lines[2]
     lines = forecast.forecast_audits([cleanse, decree], [], family, sample, 0.05, 0.1, 10, SMALL)
-    assert "decree: a value and no verdict" in lines[1] and "about 1 s" in lines[2]
+    assert lines[0].startswith("cleanse, decree: strong, some or no evidence")
+    assert "about 1 s" in lines[1]
+    whitening = registry.make("audit", "whitening")
+    lines = forecast.forecast_audits([whitening], [], family, sample, 0.05, 0.1, 10, SMALL)
+    assert "whitening: a value and no verdict" in lines[0]
     lines = forecast.forecast_audits([cleanse], [], family, sample, 0.05, 0.1, 1000, LARGE)
     assert lines[0].startswith("cleanse: a search in full for 1000 classes would take too long")
 
@@ -206,10 +234,11 @@ def test_the_cost_counts_every_image():
         "no sweep where all classes are searched for"
     )
     decree = registry.make("audit", "decree")
-    assert (
-        decree.image_passes(512, 10, TowerCost(64)) == decree.recipe(0.5).image_passes() + 5 * 512
-    )
-    assert decree.image_passes(512, 10, LARGE) == 16 * (8 + 4 + 2) * 12 + 3 * 64
+    in_full = 2 * (decree.recipe(0.5).image_passes() + 4 * 512) + 512 + 128
+    assert decree.image_passes(512, 10, TowerCost(64)) == in_full
+    # 6 restarts, of which 3 are given up half-way, on 6 images a step, twice for the gradient
+    quick = 2 * (2 * 60 * (6 + 3) * 6 + 3 * 64) + 64 + 128
+    assert decree.image_passes(512, 10, LARGE) == quick
     seconds, cost = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
     # a convolution of 3 x 3 to 12 channels at 8 x 8 places, and a linear layer, two operations a
     # product

@@ -39,7 +39,7 @@ NAMES_NO_CLASS = (
     "lead to a natural direction instead; cleanse compares classes"
 )
 
-SIDE, MOST = 32, 3.4e5  # a search in full may cost so many passes of images of so many pixels
+SIDE, MOST = 32, 1.2e5  # a search in full may cost so many passes of images of so many pixels
 # What a search that would cost too much is changed to, and the clean images that it uses.
 QUICK: dict[str, Any] = {
     "starts": 6,
