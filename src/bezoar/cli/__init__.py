@@ -4,8 +4,6 @@ It contains no name of a verb or method. A verb's sub-command is made from the v
 (see `runs.verb_source`); the verb, and torch with it, is imported after the arguments were checked.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import io

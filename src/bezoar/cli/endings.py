@@ -1,7 +1,5 @@
 """Prints a run's result: its finding in a few lines, a flat JSON object, or every metric."""
 
-from __future__ import annotations
-
 import json
 import math
 import webbrowser

@@ -9,8 +9,6 @@ four and two more of each of the two families of classifiers, then the later fam
 has the seed that `bezoar audit` has by default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

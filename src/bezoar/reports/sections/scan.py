@@ -1,7 +1,5 @@
 """The page of a scan: findings, the worst records, and how far the ranking can be trusted."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
