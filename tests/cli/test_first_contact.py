@@ -402,3 +402,17 @@ def test_a_verb_that_is_right_stays_as_it_is():
     assert check_verb(verb) is verb
     assert dataclasses.replace(verb, detector="dao") != check_verb(Scan(DATA, "tower", "dao"))
     assert cli.COMMANDS.keys() >= {"list", "runs", "show", "verify", "completion"}
+
+
+def test_training_on_a_scan_says_that_nothing_is_left_out(tmp_path, capsys):
+    runs = ["--runs", str(tmp_path)]
+    recipe = ["--network", "clip_small:width=8", "--objective", "clip:epochs=1,batch=32"]
+    assert main(["train", "scenes:count=64", *recipe, *runs]) == 0
+    encoder = capsys.readouterr().out.splitlines()[-1]
+    words = ["scan", "scenes:count=64", "--encoder", encoder, "--detector", "k_distance"]
+    assert main([*words, *runs]) == 0
+    scan = Path(capsys.readouterr().out.splitlines()[-1])
+    assert main(["train", str(scan), *recipe, *runs]) == 0
+    assert f"add --keep {scan.name}" in capsys.readouterr().err
+    assert main(["train", "scenes:count=64", "--keep", scan.name, *recipe, *runs]) == 0
+    assert "--keep" not in capsys.readouterr().err

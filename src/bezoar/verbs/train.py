@@ -27,7 +27,7 @@ from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
-from bezoar.runs.run import CHECKPOINT
+from bezoar.runs.run import CHECKPOINT, Run
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
 from bezoar.training import collectives, loop, prefetch, selfsupervised
@@ -66,9 +66,14 @@ class Train:
         """
         dataset = inputs.open_dataset(job.inputs["data"])
         records = dataset.records
-        if job.inputs["keep"] is not None:
-            kept = job.inputs["keep"].file("keep.txt")
-            records = records.select(records.find_rows(set(read_lines(kept))))
+        data, scan = job.inputs["data"], job.inputs["keep"]
+        if scan is not None:
+            records = records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
+        elif isinstance(data, Run) and data.verb == "scan":
+            warn(
+                f"train: trains on all records that {data.name} scanned; to leave out what it "
+                f"removed, add --keep {data.name}"
+            )
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
