@@ -65,15 +65,7 @@ class Train:
         often each record was drawn.
         """
         dataset = inputs.open_dataset(job.inputs["data"])
-        records = dataset.records
-        data, scan = job.inputs["data"], job.inputs["keep"]
-        if scan is not None:
-            records = records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
-        elif isinstance(data, Run) and data.verb == "scan":
-            warn(
-                f"train: trains on all records that {data.name} scanned; to leave out what it "
-                f"removed, add --keep {data.name}"
-            )
+        records = select_kept(job, dataset.records)
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
@@ -123,6 +115,19 @@ class Train:
             "images": describe_images(data),
         }
         return training_metrics(log, dataset.plan, records.ids)
+
+
+def select_kept(job: Job, records: Any) -> Any:
+    """The records of the keep-list; all without one, with a warning if they are a scan's."""
+    data, scan = job.inputs["data"], job.inputs["keep"]
+    if scan is not None:
+        return records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
+    if isinstance(data, Run) and data.verb == "scan":
+        warn(
+            f"train: trains on all records that {data.name} scanned; to leave out what it "
+            f"removed, add --keep {data.name}"
+        )
+    return records
 
 
 def describe_images(data: Any) -> str:
