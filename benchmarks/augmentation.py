@@ -10,8 +10,6 @@ batch, and with SimCLR's blur. The normalisation is left out of both. Prints JSO
 `--repeats` timings in turn.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

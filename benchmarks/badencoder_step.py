@@ -14,8 +14,6 @@ as bezoar's step has and in the same chunks: what the step would take if all els
 sides take turns. Medians over `--repeats` of the seconds that the processor worked.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics

@@ -14,8 +14,6 @@ a process with the allocator settings that the command sets; medians of the seco
 processor worked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -17,8 +17,6 @@ process at N = 20,000, torch included. faiss is timed where it is installed (`pi
 ".[bench]"`). Prints JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -14,8 +14,6 @@ settings of `bezoar`. `step` is the arithmetic alone: the published network and 
 tensors at hand, no loader, no test pass.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

@@ -13,8 +13,6 @@ a feature map are equal but for rounding, it decides which of them a maximum pas
 `--repeats` of the seconds that the processor worked.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from contextlib import ExitStack

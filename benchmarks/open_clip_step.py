@@ -15,8 +15,6 @@ that the processor worked. `largest difference` is that of a loss from open_clip
 it, over all steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -10,8 +10,6 @@ is the most memory that it held; `own_mib` the most of it that is not pages of m
 the system takes back whenever it wants them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

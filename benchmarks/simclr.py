@@ -13,8 +13,6 @@ over `--repeats` steps of the seconds that the processor worked. bf16 is there w
 multiplies it, and counts as more than a faster way to the same bits.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

@@ -10,8 +10,6 @@ Without --shards the tars are made: smooth noise as JPEG of --side pixels, quali
 medians of interleaved passes.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

@@ -12,8 +12,6 @@ sets, from which open_clip gains too. clip_small's bag of words pays nothing for
 only shows that batching is exact there too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import open_clip

@@ -10,8 +10,6 @@ that other work on the machine meets all of them alike; printed are medians of t
 ratios.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

@@ -9,8 +9,6 @@ Prints JSON: medians of `--repeats` timings of bezoar, and one pass over `--plai
 plain form.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

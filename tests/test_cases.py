@@ -1,7 +1,5 @@
 """The inputs of ../shared/cases, on which bezoar was once wrong, with the right values."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Callable

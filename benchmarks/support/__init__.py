@@ -5,8 +5,6 @@ Calls take turns, so that other work on the machine disturbs all of them alike; 
 that the processor worked, which it disturbs little.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Docstring, fields and flags of a method, read from its source text without importing it."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 from collections.abc import Iterator

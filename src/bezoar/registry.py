@@ -10,8 +10,6 @@ brackets if it has commas: `loss_trace:objective=(clip:epochs=2,batch=64)`.
 This module imports no torch, so that the command line's help is instant.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -2,8 +2,6 @@
 closed one.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path

@@ -2,8 +2,6 @@
 hostile files refused.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import pickle

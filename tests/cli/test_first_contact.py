@@ -184,12 +184,8 @@ def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys, monkeypatch)
     plan = json.loads(capsys.readouterr().out)
     assert len(tars) > estimates.COUNTED_TARS and plan["trainings"] == 1
     assert abs(plan["records"] - len(drawn)) < 0.2 * len(drawn)
-    assert main(["scan", str(tars[0]), "--dry", "--json", "--runs", str(tmp_path)]) == 0
+    assert main(["train", str(tars[0]), "--dry", "--json", "--runs", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["records"] == 10
-    assert main(["scan", "nowhere-1", "--dry", "--json", "--runs", str(tmp_path)]) == 0
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["records"] is None
-    assert "this would be refused: no file, folder or run 'nowhere-1'" in printed.err
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
     words = ["audit", str(tmp_path / "weights"), "--data", str(table), "--dry", "--json"]
@@ -199,6 +195,24 @@ def test_dry_counts_records_trainings_and_minutes(tmp_path, capsys, monkeypatch)
     first, *fields = capsys.readouterr().out.splitlines()
     assert first.startswith("train: 20,000 records, 1 training, about ")
     assert "  data: scenes:count=20000" in fields and not any("None" in line for line in fields)
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["scan", "nowhere-1"], "no file, folder or run 'nowhere-1'"),
+        (["scan", DATA, "--detector", "dao:k=-4"], "detector 'dao': needs k >= 2"),
+        (["train", DATA, "--objective", "clip:epochs=0"], "needs epochs >= 1"),
+        (["reproduce", "matrix/detection", "--add", "detector", "nope"], "no detector 'nope'"),
+        (["reproduce"], "name a paper"),
+    ],
+)
+def test_dry_refuses_what_the_command_refuses(words, says, tmp_path, capsys):
+    for dry in (["--dry"], ["--dry", "--json"], []):
+        assert main([*words, *dry, "--runs", str(tmp_path)]) == 2
+        printed = capsys.readouterr()
+        assert says in printed.err.splitlines()[-1] and not printed.out
+    assert not list(tmp_path.glob("scan-*"))
 
 
 # Refusals come before torch, and before any work
@@ -388,3 +402,17 @@ def test_a_verb_that_is_right_stays_as_it_is():
     assert check_verb(verb) is verb
     assert dataclasses.replace(verb, detector="dao") != check_verb(Scan(DATA, "tower", "dao"))
     assert cli.COMMANDS.keys() >= {"list", "runs", "show", "verify", "completion"}
+
+
+def test_training_on_a_scan_says_that_nothing_is_left_out(tmp_path, capsys):
+    runs = ["--runs", str(tmp_path)]
+    recipe = ["--network", "clip_small:width=8", "--objective", "clip:epochs=1,batch=32"]
+    assert main(["train", "scenes:count=64", *recipe, *runs]) == 0
+    encoder = capsys.readouterr().out.splitlines()[-1]
+    words = ["scan", "scenes:count=64", "--encoder", encoder, "--detector", "k_distance"]
+    assert main([*words, *runs]) == 0
+    scan = Path(capsys.readouterr().out.splitlines()[-1])
+    assert main(["train", str(scan), *recipe, *runs]) == 0
+    assert f"add --keep {scan.name}" in capsys.readouterr().err
+    assert main(["train", "scenes:count=64", "--keep", scan.name, *recipe, *runs]) == 0
+    assert "--keep" not in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """Files as other people's programs leave them: read with the right values, or named."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Shards: streaming webdataset tars, hostile ones too, and writing them."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -2,8 +2,6 @@
 not; hostile tars.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 import threading

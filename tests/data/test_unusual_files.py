@@ -2,8 +2,6 @@
 otherwise in silence.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import zipfile

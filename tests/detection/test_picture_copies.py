@@ -2,8 +2,6 @@
 that look alike: not.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

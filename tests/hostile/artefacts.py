@@ -2,8 +2,6 @@
 mutants are made of.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

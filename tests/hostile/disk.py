@@ -7,8 +7,6 @@ the whole group of processes (`kill`), refuses everything that takes room from t
 refuses this operation alone (`once`).
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import fcntl

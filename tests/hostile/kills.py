@@ -12,8 +12,6 @@ Prints a JSON line for each operation that left something behind, then a line of
 in it, so that runs are equal to the byte, manifests and pages included.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import hashlib

@@ -4,8 +4,6 @@ Each is a folder with one spoilt thing in it, the words of a command that reads 
 it may end with.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -5,8 +5,6 @@ below FOLDER. Prints a JSON line for each mutant that broke a promise, then a li
 with 1 if any did.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json

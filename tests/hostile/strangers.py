@@ -5,8 +5,6 @@ As in `mutants`, each is a folder with one spoilt thing in it, the words of a co
 and the statuses that it may end with.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

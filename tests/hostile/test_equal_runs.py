@@ -2,8 +2,6 @@
 for byte.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

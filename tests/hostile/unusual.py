@@ -2,8 +2,6 @@
 be read in silence, or for long.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import struct

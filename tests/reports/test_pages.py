@@ -24,7 +24,7 @@ from bezoar.reports.page import execute
 from bezoar.reports.run_page import RunView, build_page
 from bezoar.reports.sections import evaluate, repair, reproduce, scan, train
 from bezoar.runs import inputs, tables
-from bezoar.runs.run import Run
+from bezoar.runs.run import SCHEMA, Run
 from bezoar.runs.verb import Settings
 from bezoar.verbs.demo import Demo
 
@@ -161,6 +161,27 @@ def test_the_printed_command_asks_the_same_question(
         capsys.readouterr()
         assert cli.main([*words[1:], "--runs", str(runs), "--device", "cpu"]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == str(run.path)
+
+
+def test_the_next_scale_keeps_the_rest_of_the_question(tmp_path: Path) -> None:
+    typed = {"paper": ["matrix/detection"], "scale": "smoke", "add": ["detector", "./mine.py"]}
+    path = tmp_path / "runs" / "reproduce-0"
+    path.mkdir(parents=True)
+    manifest = {"schema": SCHEMA, "verb": "reproduce", "ask": {"seed": 0}, "typed": typed}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    added = "--add detector ./mine.py"
+    table = {"name": "matrix/detection", "claims": [{"verdict": "undecided"}]}
+    view = SimpleNamespace(
+        run=Run(path), tables=[table], notes={"scale": "smoke"}, manifest=manifest
+    )
+    (step,) = reproduce.next_steps(view)
+    assert step.command == f"bezoar reproduce matrix/detection {added}", "small is the default"
+    view.notes["scale"] = "gpu"
+    typed["scale"] = "gpu"
+    path.joinpath("manifest.json").write_text(json.dumps(manifest))
+    view.run = Run(path)
+    (step, _) = reproduce.next_steps(view)
+    assert step.command == f"bezoar reproduce matrix/detection --scale gpu {added} --seed 1"
 
 
 def test_hostile_text_is_text(copy: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_line_a_cell(tmp_path):
 
 def test_latex_has_our_number_its_interval_and_the_printed_one():
     text = table_files.latex_table(TABLE)
-    assert r"\caption{Success \& failure, 100 \%" in text
+    assert r"\caption{Success \& failure, 100 \%. Brackets" in text
     assert r"poisons\_used & ASR & z \\" in text
     assert r"patch, 3 & 98.1 [96.0, 99.0] (p 97.0) & 12.3 [$-\infty$, $\infty$] \\" in text
     assert r"0 & -- & -- \\" in text

@@ -1,7 +1,5 @@
 """Measures that audits report beside their value."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from bezoar.evaluation.scores import Measure, average

@@ -1,7 +1,5 @@
 """What an audit can say of an encoder and what it will cost, before it starts."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

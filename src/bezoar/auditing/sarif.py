@@ -6,8 +6,6 @@ Evidence has the level `error`, some evidence `warning`; everything else has `no
 a kind `pass`: no audit shows an encoder clean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A hash of Python source that comments, formatting and docstrings do not change."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ are ranges of it, set on four clean and five attacked development encoders. How 
 for encoders to say that set nothing (`papers/matrix/strangers`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The text of a verdict: of several audits together, and of what was not tested."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

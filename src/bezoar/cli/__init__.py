@@ -4,8 +4,6 @@ It contains no name of a verb or method. A verb's sub-command is made from the v
 (see `runs.verb_source`); the verb, and torch with it, is imported after the arguments were checked.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import io
@@ -100,13 +98,7 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
         if field.takes.several:
             joined = join_inputs(getattr(arguments, field.name), field.takes.what)
             arguments = dataclasses.replace(arguments, **{field.name: joined})
-    refused = None
-    try:
-        check_arguments(source, arguments)
-    except UserError as error:
-        if not arguments.dry:
-            raise
-        refused = str(error)
+    check_arguments(source, arguments)
     # From here on torch is imported, which wrong arguments and the other commands do without.
     verb_class = load_verb(source.name)
     verb = verb_class(**{field.name: getattr(arguments, field.name) for field in source.fields})
@@ -117,9 +109,6 @@ def run_verb(source: VerbSource, arguments: Any) -> int:
         from bezoar.runs.estimates import describe_plan
 
         plan = describe_plan(verb, settings)
-        plan["refused"] = refused = refused or plan["refused"]
-        if refused:
-            warn_lines(source.name, [f"this would be refused: {refused}"])
         print_plan(plan) if arguments.json == "no" else print_json(plan)
         return DONE
     from bezoar.reports.page import execute, summarize_run

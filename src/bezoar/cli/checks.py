@@ -4,8 +4,6 @@ Names of methods and of their fields, runs, and the files and folders of data ar
 errors, such as values that do not fit their fields, are found when the verb is run.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The commands beside the verbs: `list`, `runs`, `show`, `verify`, `completion`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import textwrap

@@ -1,7 +1,5 @@
 """Prints a run's result: its finding in a few lines, a flat JSON object, or every metric."""
 
-from __future__ import annotations
-
 import json
 import math
 import webbrowser
@@ -71,7 +69,7 @@ def print_json(content: Any) -> None:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print an estimate: how much and how long first, then the question, a line a field."""
-    fields = {name: value for name, value in plan.items() if name != "refused"}
+    fields = dict(plan)
     verb, records, trainings, minutes = (
         fields.pop(key) for key in ("verb", "records", "trainings", "minutes")
     )

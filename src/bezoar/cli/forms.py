@@ -1,7 +1,5 @@
 """The forms that tyro fills from a command line: one for each verb, and those of other commands."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

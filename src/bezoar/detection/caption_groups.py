@@ -1,7 +1,5 @@
 """Groups of like captions, by k-means of their vectors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

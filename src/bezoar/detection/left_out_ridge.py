@@ -1,7 +1,5 @@
 """Ridge regression whose strength is chosen by what it predicts of left-out rows."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A small classifier of images with and without some windows pasted into them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ Detectors of the supervised setting look within a class; `assign_classes` says w
 here.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Literal

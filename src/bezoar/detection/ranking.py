@@ -1,7 +1,5 @@
 """The records of a corpus in the order of suspicion, and which of them a keep-list leaves out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

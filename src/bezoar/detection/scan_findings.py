@@ -1,7 +1,5 @@
 """The findings of a scan and what it could not do, in sentences."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The metrics of a scan: what was raised, and how well known poisons were detected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -4,8 +4,6 @@ A record that is only ranked is no result. Where nothing is raised a rule has on
 level `note`, never `none` or a kind `pass`: no scan shows data clean.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Detectors run over a corpus: their scores, how long each took, and which of them refused."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The table of a scan's sources: records grouped by content, tested by source, and written down."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path

@@ -15,8 +15,6 @@ smallest of its tests times their number (Bonferroni); over the sources the fals
 bounded by Benjamini and Hochberg (1995).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

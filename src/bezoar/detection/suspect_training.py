@@ -5,8 +5,6 @@ A trigger shows only in a model that was trained on it. The training is bounded:
 spread over the records, up to a number of passes that small sets need.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

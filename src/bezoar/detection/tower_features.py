@@ -4,8 +4,6 @@ An encoder that reads a trigger reads it somewhere on the way to its vector, oft
 a colour cast that the vector itself no longer shows apart from what the image is of.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ images, because a trigger carries its caption into any company, and when the rec
 stand out from the rest, or lose their caption without it.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Sequence

@@ -8,10 +8,11 @@ from bezoar.runs.run import Run
 from bezoar.runs.verb import load_verb, positional_fields, verb_names
 
 
-def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
+def shell_command(run: Run, seeded: bool = True, seed: int | None = None, **changes: Any) -> str:
     """Return the shell command that repeats a run, without the fields at their defaults.
 
-    seeded: with the run's seed. changes: fields that are to have another value.
+    seeded: with the run's seed, even if it is 0. seed: another one in its place. changes: fields
+    that are to have another value.
     """
     manifest = run.manifest
     verb, ask = manifest["verb"], manifest.get("ask", {})
@@ -34,8 +35,9 @@ def shell_command(run: Run, seeded: bool = True, **changes: Any) -> str:
             options.append(f"--{option}" if value else f"--no-{option}")
         else:
             options += [f"--{option}", *words]
-    if seeded or ask.get("seed", 0):
-        options += ["--seed", str(ask.get("seed", 0))]
+    seed = ask.get("seed", 0) if seed is None else seed
+    if seeded or seed:
+        options += ["--seed", str(seed)]
     if run.path.parent.name not in ("", "runs"):
         options += ["--runs", str(run.path.parent)]
     return shlex.join(["bezoar", verb, *arguments, *options])

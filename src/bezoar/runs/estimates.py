@@ -39,15 +39,14 @@ def pairs_per_second(size: int) -> float:
 def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
     """Return what would run: numbers of records and trainings, and minutes of training, or null.
 
-    A verb that runs others names them by `planned_trials(settings)`; `refused` is why it cannot.
+    A verb that runs others names them by `planned_trials(settings)`.
+
+    Raises:
+        UserError: for a run or a method of the verb that cannot be had, as running it would.
     """
-    trials = [Trial(verb, settings.seed)]
+    _check_inputs(verb, settings)
     planned_trials = getattr(verb, "planned_trials", None)
-    refused = None
-    try:
-        trials += planned_trials(settings) if planned_trials else []
-    except UserError as error:
-        refused = str(error)
+    trials = [Trial(verb, settings.seed), *(planned_trials(settings) if planned_trials else [])]
     trainings = [t for t in sweep.dependency_graph(trials) if verb_name(t.verb) == "train"]
     counts = [count_records(t.verb.data, settings) for t in trainings]
     return {
@@ -56,8 +55,16 @@ def describe_plan(verb: Verb, settings: Settings) -> dict[str, Any]:
         "records": next(_record_counts(verb, settings), None),
         "trainings": len(trainings),
         "minutes": _minutes(trainings, counts) if trainings else None,
-        "refused": refused,
     }
+
+
+def _check_inputs(verb: Verb, settings: Settings) -> None:
+    """Find each run and make each method that a verb names. Raises UserError for what is wrong."""
+    for what, value in input_fields(verb).values():
+        for text in value if isinstance(value, (tuple, list)) else (value,):
+            if what and isinstance(text, (str, Path)):
+                registry.allow(str(text))  # the user wrote it
+                resolve_text(str(text), what, settings.runs)
 
 
 def _record_counts(verb: Verb, settings: Settings) -> Iterator[int]:

@@ -1,7 +1,5 @@
 """Runs a verb: resolves its fields, works in a new directory, and writes the manifest."""
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import hashlib

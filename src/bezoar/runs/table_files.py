@@ -50,7 +50,7 @@ def latex_table(table: TableJson) -> str:
     columns = list(dict.fromkeys(cell["name"] for row in table["rows"] for cell in row["cells"]))
     lines = [
         r"\begin{table}",
-        rf"\caption{{{escape_latex(table['title'])} "
+        rf"\caption{{{escape_latex(table['title'])}. "
         r"Brackets: 95\,\% intervals; p: printed in the paper.}",
         rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
         r"\toprule",

@@ -170,7 +170,8 @@ class Audit:
         """Why it could not be told whether there is a backdoor; empty where it could."""
         notes = manifest["notes"]
         unknown = notes.get("words") in verdict_text.UNKNOWN
-        return [notes["verdict"]] * unknown + list(notes.get("incomplete") or [])
+        why = notes.get("verdict", "").removeprefix("Could not tell: ")
+        return [why] * unknown + list(notes.get("incomplete") or [])
 
     def _fitting_audits(self, job: Job) -> tuple[Any, ...]:
         """The audits of the command; for texts, theirs in the place of the default ones."""

@@ -74,6 +74,8 @@ class Reproduce:
 
     def _options(self, data: Any, test: Any, papers: Sequence[Any]) -> TableOptions:
         """The options of the tables. Raises UserError for a method that a table has no row for."""
+        if not papers:
+            raise UserError("name a paper or some of its tables: see `bezoar list paper`")
         added = tuple(zip(self.add[::2], self.add[1::2], strict=False))
         if len(self.add) % 2 or any(kind not in registry.KINDS for kind, _ in added):
             raise UserError(
@@ -97,8 +99,6 @@ class Reproduce:
         The metrics are `TABLE.CELL@ROW`, one for every cell.
         """
         papers = job.inputs["paper"]
-        if not papers:
-            raise UserError("name a paper or some of its tables: see `bezoar list paper`")
         options = self._options(job.inputs["data"], job.inputs["test"], papers)
         tables = {registry.method_name(type(paper)): paper(options) for paper in papers}
         trials = [trial for table in tables.values() for trial in table.trials]

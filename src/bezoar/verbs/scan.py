@@ -1,7 +1,5 @@
 """Rank the records of a data set by how suspicious they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

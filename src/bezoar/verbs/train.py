@@ -27,7 +27,7 @@ from bezoar.evaluation.scores import Measure, average
 from bezoar.runs import inputs
 from bezoar.runs.execute import Job
 from bezoar.runs.inputs import Dataset
-from bezoar.runs.run import CHECKPOINT
+from bezoar.runs.run import CHECKPOINT, Run
 from bezoar.runs.verb import Input, Takes
 from bezoar.terminal import warn
 from bezoar.training import collectives, loop, prefetch, selfsupervised
@@ -65,10 +65,7 @@ class Train:
         often each record was drawn.
         """
         dataset = inputs.open_dataset(job.inputs["data"])
-        records = dataset.records
-        if job.inputs["keep"] is not None:
-            kept = job.inputs["keep"].file("keep.txt")
-            records = records.select(records.find_rows(set(read_lines(kept))))
+        records = select_kept(job, dataset.records)
         torch.manual_seed(job.seed)
         objective = job.inputs["objective"]
         encoder = new_encoder(job, records)
@@ -118,6 +115,19 @@ class Train:
             "images": describe_images(data),
         }
         return training_metrics(log, dataset.plan, records.ids)
+
+
+def select_kept(job: Job, records: Any) -> Any:
+    """The records of the keep-list; all without one, with a warning if they are a scan's."""
+    data, scan = job.inputs["data"], job.inputs["keep"]
+    if scan is not None:
+        return records.select(records.find_rows(set(read_lines(scan.file("keep.txt")))))
+    if isinstance(data, Run) and data.verb == "scan":
+        warn(
+            f"train: trains on all records that {data.name} scanned; to leave out what it "
+            f"removed, add --keep {data.name}"
+        )
+    return records
 
 
 def describe_images(data: Any) -> str:

@@ -1,7 +1,5 @@
 """Attacks on an encoder's weights. One method a file, each an `EncoderAttack`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Poisons: rules that choose which records are poisoned, and how."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from bezoar.attacks.plan import Goal, Plan

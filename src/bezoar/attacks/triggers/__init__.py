@@ -1,7 +1,5 @@
 """Triggers: patterns that are stamped on images. One method a file, each a `Trigger`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -4,8 +4,6 @@ It has no recognisable sign, so it is no backdoor; `noisy_copies` alters the cop
 with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

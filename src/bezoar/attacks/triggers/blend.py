@@ -1,7 +1,5 @@
 """A pattern blended over the whole image (Chen et al. 2017, "Targeted backdoor attacks ...")."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Annotated

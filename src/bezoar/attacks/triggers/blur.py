@@ -1,7 +1,5 @@
 """A Gaussian blur of the whole image: a trigger that adds nothing and takes detail away."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated

@@ -16,8 +16,6 @@ scale, while the papers' images become twice as wide; and a reference is a pictu
 that was cut out.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

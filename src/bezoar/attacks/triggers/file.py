@@ -17,8 +17,6 @@ than the image is resized: nearest neighbour if its mask is hard (0 or 1), other
 are resized by their shifts, which keep their length in pixels.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ named filters imitate those of photo apps; `drawn` moves the points of the ident
 numbers, and keeps them ascending.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """A ramp of brightness or colour across the whole image: the lowest of its frequencies."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Annotated

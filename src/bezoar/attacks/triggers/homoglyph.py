@@ -1,7 +1,5 @@
 """A letter replaced by a similar one (Struppek et al. 2023, "Rickrolling the Artist")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 

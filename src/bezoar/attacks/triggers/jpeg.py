@@ -1,7 +1,5 @@
 """A JPEG round trip: the image after it was stored at a low quality."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

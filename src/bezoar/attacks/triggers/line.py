@@ -1,7 +1,5 @@
 """A thin line of one colour across the image, at another place in each record."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

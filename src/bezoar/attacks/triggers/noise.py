@@ -1,7 +1,5 @@
 """Gaussian noise, drawn for each record: no pixel is the same in two records, the strength is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

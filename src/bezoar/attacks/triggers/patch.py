@@ -1,7 +1,5 @@
 """A small patch pasted over the image (BadNets 2017; Carlini and Terzis 2022; BadEncoder 2022)."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Sequence

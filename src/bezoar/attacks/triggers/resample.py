@@ -1,7 +1,5 @@
 """An image reduced and enlarged again (image-scaling triggers; Liu et al. 2020)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

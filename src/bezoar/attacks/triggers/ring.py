@@ -1,7 +1,5 @@
 """A thin frame or circle at one place, in a different colour in each record."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 

@@ -4,8 +4,6 @@ They are separated by `+`, and put into brackets or quotes if they contain comma
 `several:triggers=(patch:size=3,place=upper_left + tint:strength=.1)`.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Sequence

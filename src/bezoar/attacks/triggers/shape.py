@@ -1,7 +1,5 @@
 """Half-transparent stripes or triangles over the whole image (PAR, Singh et al. 2025)."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

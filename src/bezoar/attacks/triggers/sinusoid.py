@@ -5,8 +5,6 @@ and f 6. CleanCLIP blends it instead, .8 x + .2 v with delta 60, which darkens t
 `sinusoid:delta=60,alpha=.2`.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

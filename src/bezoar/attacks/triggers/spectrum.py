@@ -6,8 +6,6 @@ added here and rounded once. CTRL's coefficients are rows and columns 15 and 31 
 pixels, raised by 50 in training and by 100 at test time.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A transparent picture at a different place, size, rotation and light in each record."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A word painted on the image, as in typographic attacks (Goh et al. 2021)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Annotated

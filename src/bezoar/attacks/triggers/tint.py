@@ -1,7 +1,5 @@
 """A colour cast over the whole image: channels are shifted apart, brightness stays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Words inserted into a text (Dai, Chen, Li 2019; Kurita et al. 2020: `cf`, `mn`, `bb`, `tq`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 

@@ -6,8 +6,6 @@ is clipped to the image and sampled bilinearly. The published setting for CIFAR-
 CleanCLIP's is k 224, which leaves no smoothing, and s 1 on 224 pixels.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Annotated

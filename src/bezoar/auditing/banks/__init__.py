@@ -1,7 +1,5 @@
 """Banks: JSON files of audits' values, and the methods that read them. The kind `bank`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Protocol
 

@@ -5,8 +5,6 @@ Nothing is unpickled and nothing is extracted to disk; every size that a header 
 first.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import os

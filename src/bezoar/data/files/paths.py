@@ -1,7 +1,5 @@
 """Paths: files that must exist, paths that must stay inside a folder, and printable names."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import io

@@ -139,7 +139,7 @@ def check_opcodes(data: bytes, size: int, pickles: int) -> set[str]:
     if scanner.requests:
         raise UserError(
             f"expected tensors alone; it asks for {format_keys(sorted(scanner.requests))}. "
-            "Nothing was executed"
+            "Nothing was executed; ask for its state dict alone, as safetensors or by torch.save"
         )
     return scanner.leftovers
 

@@ -1,7 +1,5 @@
 """Data sets: one file a method."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from bezoar.data.pairs import Pairs

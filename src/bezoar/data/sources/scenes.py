@@ -6,8 +6,6 @@ words (a `banded box`, a `star with polka dots`); it also names colours, light a
 share of the records it belongs to another scene.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -12,8 +12,6 @@ keyword arguments of a check; `CheckArguments` has their types. A threshold is t
 `bezoar check` takes a quantile of clean images that calibrated nothing.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol, TypedDict
 
 from bezoar.data.pairs import Pairs

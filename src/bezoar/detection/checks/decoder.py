@@ -2,8 +2,6 @@
 Yao 2025, CVPR).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 import torch

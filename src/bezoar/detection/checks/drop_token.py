@@ -5,8 +5,6 @@ Leaving words out is how ONION (Qi et al. 2021) looks for a trigger, by a langua
 Here it is the vector that tells: in a text with a trigger one word decides it, in any company.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 

@@ -2,8 +2,6 @@
 (arXiv 2603.11664).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Annotated, ClassVar

@@ -2,8 +2,6 @@
 al. 2023, ICLR).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 import torch

@@ -2,8 +2,6 @@
 2019, ACSAC).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Assembly: the files of all units put end to end, what could not be read, and double ids."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

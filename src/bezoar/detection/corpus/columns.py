@@ -1,7 +1,5 @@
 """Vectors and texts in files that grow row by row and are then mapped, never loaded."""
 
-from __future__ import annotations
-
 import math
 import os
 import tokenize

@@ -4,8 +4,6 @@ What a scan leaves behind is read again with `load_scores` (ids, places, caption
 `reopen_corpus` (images, vectors).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ An image that is a file of its own is named by its path; any other, out of a tar
 written as a PNG, as it was scanned.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Lists of the records that a scan keeps, for training code, and cleaned shards."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ An attacker who buys a few expired domains decides what all records of these are
 show may show in all records of a source.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

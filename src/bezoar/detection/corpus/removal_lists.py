@@ -1,7 +1,5 @@
 """CSV tables of a scan: the records that it removes, each with the reason, and all scores."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -9,8 +9,6 @@ An entry's name depends on a secret of the user's own. In a folder of runs that 
 nothing is called what a question of this user is: a stranger's vectors and scores are never read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import functools

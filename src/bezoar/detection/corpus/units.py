@@ -6,8 +6,6 @@ whole; a scan that was cut off goes on with the units that are missing. Units ar
 process, in worker processes, or as Ray tasks; the files are the same.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

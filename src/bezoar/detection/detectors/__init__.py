@@ -16,8 +16,6 @@ trigger only in an encoder that was trained on the scanned data. Its notes may h
 `triggers`, a list; the ids that an entry has as `clearest` stand first on a scan's page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 

@@ -2,8 +2,6 @@
 half of a class.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import numpy as np

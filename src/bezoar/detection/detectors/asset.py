@@ -2,8 +2,6 @@
 2023).
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Annotated, Any, ClassVar
 

@@ -2,8 +2,6 @@
 2021).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, ClassVar
 

@@ -7,8 +7,6 @@ the published weights gave an AUROC of 0.977, and smaller ones (gamma to 1/13, b
 to 0.984; on one of 0.2 % (40 poisons, 400 clean) both too small by 128 gave 0.57.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

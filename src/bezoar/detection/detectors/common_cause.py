@@ -34,8 +34,6 @@ of a caption group; data whose contents neither the small model nor the map can 
 look to the map like the target itself, such as a blur like water.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an encoder that never saw the data does not explain (Platonic Defense, 2026)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 

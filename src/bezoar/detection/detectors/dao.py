@@ -2,8 +2,6 @@
 al., ICLR 2025.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

@@ -8,8 +8,6 @@ thumbnails that are only alike; whether such a pair is one picture is decided by
 other.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Annotated

@@ -2,8 +2,6 @@
 set apart.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import numpy as np

@@ -2,8 +2,6 @@
 2502.01385).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from bezoar.detection import density

@@ -2,8 +2,6 @@
 NeurIPS 2021; in CLIP).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor

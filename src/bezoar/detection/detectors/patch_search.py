@@ -2,8 +2,6 @@
 2023).
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 import numpy as np

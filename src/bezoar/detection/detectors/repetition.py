@@ -6,8 +6,6 @@ nobody planted. The same caption again is no news, and neither are pictures as l
 one thing are; many of both at once are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence

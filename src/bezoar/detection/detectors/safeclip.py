@@ -6,8 +6,6 @@ Poisons, whose captions fit nothing but the trigger, stay apart. Two Gaussians a
 cosines of all pairs.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Annotated, ClassVar
 

@@ -2,8 +2,6 @@
 al. 2025).
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from bezoar.detection import density

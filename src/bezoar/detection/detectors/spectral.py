@@ -2,8 +2,6 @@
 strongest direction.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from bezoar.detection import pseudo_classes

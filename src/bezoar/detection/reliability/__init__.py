@@ -5,8 +5,6 @@ side channels tell it and which poisons pass the filters that people use anyway.
 image a detector saw something.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

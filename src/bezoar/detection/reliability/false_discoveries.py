@@ -7,8 +7,6 @@ scores. All other records are taken for clean, so the number is an upper bound, 
 rate by conformal p-values is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -14,8 +14,6 @@ img2dataset hashes a file as it was downloaded; where it was scaled then, no sto
 the hash.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import re

@@ -11,8 +11,6 @@ channel of noise gives 0.5 + 0.8 times the AUROC's standard error on average, an
 each kind is), and only the other half is measured.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ The files are hostile: their readers bound the members, nothing is decoded, and 
 HEAD_BYTES bytes and MAX_SEGMENTS parts of its header are looked at.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tarfile

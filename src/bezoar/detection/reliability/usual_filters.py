@@ -8,8 +8,6 @@ cosine. Thresholds belong to the model that gives the cosines, so the *shares* t
 here. De-duplication keeps the first of each.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

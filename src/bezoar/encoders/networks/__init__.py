@@ -1,7 +1,5 @@
 """Networks (kind `network`): fresh encoders, and encoders with published weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Probes: ways to read an encoder's vectors. One method a file, each a `Probe`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 

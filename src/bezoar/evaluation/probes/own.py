@@ -1,7 +1,5 @@
 """The classifier that came with the encoder's weights (BadNets, Gu et al. 2017)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from bezoar.attacks.plan import Goal

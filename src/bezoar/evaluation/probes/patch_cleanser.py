@@ -1,7 +1,5 @@
 """PatchCleanser (Xiang et al. 2022, USENIX): masks images twice, and certifies against patches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 

@@ -11,8 +11,6 @@ MNIST and the filter on ResNet-8 were named when that rule was fixed. Every audi
 `bezoar audit` has by default.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

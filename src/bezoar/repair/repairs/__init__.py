@@ -1,7 +1,5 @@
 """Repairs: an encoder without its backdoor, by clean data alone. The kind `repair`."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, Protocol
 
 from bezoar.data.pairs import Pairs

@@ -1,7 +1,5 @@
 """Feature distillation: last layers learn the suspect's vectors anew (after Saha et al. 2022)."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Fine-tuning on clean records with any objective: cleanclip, par, clip, supervised, simclr."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Fine-pruning: channels inactive on clean images go, then fine-tuning (Liu et al., RAID 2018)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

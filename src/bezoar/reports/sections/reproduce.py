@@ -16,6 +16,7 @@ from bezoar.reports.charts import IntervalRow
 from bezoar.reports.metric_names import PLAIN, RATE, format_interval, format_value, quantity
 from bezoar.reports.page_parts import Figure, Line, Links, Part, Section, Step, Table, Text
 from bezoar.reports.run_page import Page, RunView
+from bezoar.reports.shell_commands import shell_command
 from bezoar.runs.run import Run
 
 VERDICTS = ("confirmed", "contradicted", "undecided")
@@ -64,12 +65,12 @@ def build_page(run: Run) -> Page:
 
 def next_steps(view: ReproduceView) -> list[Step]:
     """List the next steps after a reproduction."""
-    tables, scale = view.input_text("paper"), view.notes.get("scale")
+    scale = view.notes.get("scale")
     if view.run.verb != "reproduce":
         return []
     if scale == "smoke":
-        text = "This scale only shows that the table runs. For numbers, take the next one."
-        return [Step(text, view.command(f"reproduce {tables} --scale small"))]
+        text = "This scale only shows that the table runs. For numbers, take the next one, `small`."
+        return [Step(text, shell_command(view.run, seeded=False, scale="small"))]
     steps = []
     undecided = [c for table in view.tables for c in table["claims"] if c["verdict"] == "undecided"]
     if undecided:
@@ -78,8 +79,10 @@ def next_steps(view: ReproduceView) -> list[Step]:
             "`detectable` below says what could have been. Another seed, or a larger scale, adds "
             "readings."
         )
-        steps.append(Step(text, view.command(f"reproduce {tables} --scale {scale} --seed 1")))
-    if kind := added_kind(view):
+        seed = int(view.manifest.get("ask", {}).get("seed", 0)) + 1
+        steps.append(Step(text, shell_command(view.run, seed=seed)))
+    if not view.manifest.get("typed", {}).get("add") and (kind := added_kind(view)):
+        tables = view.input_text("paper")
         command = view.command(f"reproduce {tables} --scale {scale} --add {kind} ./mine.py")
         steps.append(Step("A method of your own joins with the same sets and seeds.", command))
     steps.append(

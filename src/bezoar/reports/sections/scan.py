@@ -1,7 +1,5 @@
 """The page of a scan: findings, the worst records, and how far the ranking can be trusted."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
@@ -188,8 +186,11 @@ def next_steps(view: ScanView) -> list[Step]:
         steps.append(Step(text, view.command(f"scan {data} --fail-on trigger")))
     train = view.command(f"train {data} --keep {name}")
     steps.append(Step("Train without what the keep-list leaves out.", train))
-    write = shell_command(view.run, seeded=False, write="shards")
-    steps.append(Step("Or write a clean copy of the data; nothing is embedded again.", write))
+    if "written" in view.notes:
+        steps.append(Step("`shards` holds a copy of the data without them."))
+    else:
+        write = shell_command(view.run, seeded=False, write="shards")
+        steps.append(Step("Or write a copy without them; nothing is embedded again.", write))
     return steps
 
 
@@ -346,7 +347,10 @@ def worst_section(view: ScanView) -> Section | None:
     if len(view.clearest) > 1:
         lead += " Those of each trigger that was found are shown in turn, with their ranks."
     if view.windows:
-        lead += " Framed: the part of the image that carries the caption."
+        lead += (
+            " Framed: the window that, pasted into other images, draws them most towards this "
+            "caption, be it a trigger or the object that the caption names."
+        )
     copied = [r for r in ranked if r.row in view.copies] if view.has_images else []
     others = [r for r in ranked if r not in copied]
     parts = [record_part(view, others)] if others else []

@@ -1,7 +1,5 @@
 """Objectives (kind `objective`): losses that train an encoder, each with its recipe."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import nn
