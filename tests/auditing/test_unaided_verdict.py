@@ -197,6 +197,30 @@ def test_a_direction_that_takes_a_far_smaller_trigger_is_evidence(ratio, least, 
         assert f"{least:.2%}" in verdict.sentence and verdict.statistic == ratio
 
 
+@pytest.mark.parametrize(
+    ("of_classes", "of_directions", "words"),
+    [
+        ("none found", "some evidence", "none found"),
+        ("none found", "strong evidence", "strong evidence"),
+        ("could not tell", "some evidence", "some evidence"),
+        ("some evidence", "some evidence", "some evidence"),
+        (None, "some evidence", "some evidence"),
+    ],
+)
+def test_some_evidence_of_a_direction_counts_where_classes_could_not_be_told(
+    of_classes, of_directions, words
+):
+    def audit(name, grade, unaided):
+        verdict = {"grade": grade, "statistic": 1.0, "sentence": f"{name} says {grade}."}
+        facts = {"name": name, "words": "no calibration", "sentence": "No calibration."}
+        return facts | {"unaided": verdict, "notes": {"unaided": unaided}}
+
+    audits = [audit("decree", of_directions, "direction")]
+    if of_classes:
+        audits.append(audit("cleanse", of_classes, True))
+    assert verdict_text.overall_verdict(audits, 0.05)[0] == words
+
+
 def test_an_audit_says_what_its_verdict_can_be():
     cleanse, decree = (registry.make("audit", name) for name in ("cleanse", "decree"))
     family, sample = Family("toy", 16, "", ""), Sample("toys", 48)

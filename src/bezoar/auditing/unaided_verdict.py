@@ -32,8 +32,13 @@ TESTED_ATTACKED = {"strong evidence": 29, "some evidence": 0, "none found": 7, "
 CHANGE_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 11, "could not tell": 0}
 CHANGE_ATTACKED = {"strong evidence": 6, "some evidence": 2, "none found": 1, "could not tell": 0}
 # The same of `decree`, of its own test encoders.
-DIRECTION_CLEAN = {"strong evidence": 0, "some evidence": 0, "none found": 0, "could not tell": 0}
-DIRECTION_ATTACKED = dict(DIRECTION_CLEAN)
+DIRECTION_CLEAN = {"strong evidence": 0, "some evidence": 3, "none found": 21, "could not tell": 0}
+DIRECTION_ATTACKED = {
+    "strong evidence": 11,
+    "some evidence": 1,
+    "none found": 9,
+    "could not tell": 0,
+}
 CHANGES = {  # the families of `image_changes`: what a change is, its size, and its name
     "colour": ("a change of the colours", "{:.0%} of the range", "change of the colours"),
     "kernel": ("a kernel of 5 pixels, such as a blur,", "{:.1%} of the range", "kernel"),

@@ -63,14 +63,16 @@ def small_sample_warning(images: int, bank_images: int) -> str:
 def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Words, str]:
     """The outcome of all audits together, and the sentence that says so.
 
-    A bank's verdict stands before those that an audit gives without one, but for evidence.
+    A bank's verdict stands before those that an audit gives without one, but for evidence. Some
+    evidence of a direction alone counts where the search for classes could not tell.
 
     Args:
         audits: as they stand in verdict.json.
         rate: the false-positive rate of each audit; Holm's p-value is of all together.
     """
     by_bank, sentence = _bank_verdict(audits, rate)
-    unaided = [a["unaided"] for a in audits if a.get("unaided") and a["words"] == "no calibration"]
+    judged = [a for a in audits if a.get("unaided") and a["words"] == "no calibration"]
+    unaided = [a["unaided"] for a in judged if not is_weak_alone(a, judged)]
     if by_bank == "evidence" or not unaided:
         return by_bank, sentence
     most = min(unaided, key=lambda u: (GRADES.index(u["grade"]), -u["statistic"]))
@@ -79,6 +81,17 @@ def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[W
     if most["grade"] in EVIDENCE:
         return most["grade"], f"{most['sentence']} By banks: {sentence}"
     return by_bank, f"{sentence} Without a bank: {most['sentence']}"
+
+
+def is_weak_alone(audit: Mapping[str, Any], audits: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an audit's evidence is some evidence of a direction alone, where classes were told.
+
+    A clean encoder gets as much now and then, and the search for classes sees what it sees.
+    """
+    if audit["unaided"]["grade"] != "some evidence" or audit["notes"]["unaided"] != "direction":
+        return False
+    of_classes = [a["unaided"]["grade"] for a in audits if a["notes"]["unaided"] is True]
+    return any(grade != "could not tell" for grade in of_classes)
 
 
 def _bank_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[Outcome, str]:
