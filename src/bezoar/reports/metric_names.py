@@ -95,7 +95,7 @@ TERMS: dict[str, tuple[str, Unit]] = {
     "shift_kept": ("Embedding's shift left", RATE),
     "shift_cosine": ("Cosine of the shift to that untreated", SCORE),
     "value": ("Value", PLAIN),
-    "statistic": ("How far the least class stands apart", PLAIN),
+    "statistic": ("How far the least trigger stands apart", PLAIN),
     "least_norm": ("Pixels of the least trigger", PLAIN),
     "p_value": ("Conformal p-value", PLAIN),
     "threshold": ("Threshold", PLAIN),

@@ -159,12 +159,11 @@ class Decree:
             clean_cosine = float(mean_pairwise_cosine(z[None]))
             goal = self.goal or 1 - self.spread * (1 - clean_cosine)
             recipe = self.recipe(goal, side)
-            triggers = search(tower, clean, collapse, recipe, seed, report)
+            triggers = search(tower, clean, collapse, recipe, seed, report_half(report, 0))
             centre = z.mean(0)
             direction = triggered_direction(tower, triggers, clean, centre)
-            others = search(
-                tower, clean, collapse_elsewhere(centre, direction), recipe, seed, report
-            )
+            elsewhere = collapse_elsewhere(centre, direction)
+            others = search(tower, clean, elsewhere, recipe, seed, report_half(report, 1))
         verdict = self.verdict(triggers, others, clean, clean_cosine, goal)
         if not self.searches_in_full(side):
             verdict.notes["limits"].append(QUICKLY)
@@ -240,6 +239,11 @@ def search(
     """All restarts for one aim."""
     aims = torch.zeros(1, dtype=torch.long)
     return trigger_inversion.invert_triggers(tower, clean, objective, aims, recipe, seed, report)
+
+
+def report_half(report: ProgressReport, number: int) -> ProgressReport:
+    """A report of the first (0) or second (1) of two searches of as many steps."""
+    return lambda done, total, text: report(number * total + done, 2 * total, text)
 
 
 def count_norms(triggers: InvertedTriggers, pixels: int) -> Tensor:
