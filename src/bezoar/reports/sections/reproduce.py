@@ -79,8 +79,9 @@ def next_steps(view: ReproduceView) -> list[Step]:
             "`detectable` below says what could have been. Another seed, or a larger scale, adds "
             "readings."
         )
-        seed = int(view.manifest.get("ask", {}).get("seed", 0)) + 1
-        steps.append(Step(text, shell_command(view.run, seed=seed)))
+        seed = view.manifest.get("ask", {}).get("seed", 0)
+        other = seed + 1 if isinstance(seed, int) else 1  # the file may be a stranger's
+        steps.append(Step(text, shell_command(view.run, seed=other)))
     if not view.manifest.get("typed", {}).get("add") and (kind := added_kind(view)):
         tables = view.input_text("paper")
         command = view.command(f"reproduce {tables} --scale {scale} --add {kind} ./mine.py")
