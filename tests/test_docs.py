@@ -144,7 +144,10 @@ def check_command(arguments):
             status = main([*arguments, "--help" if plain else "--dry"])
         except SystemExit as stop:  # help, or a mistake
             status = stop.code
-    absent = re.search(r"bezoar: .*(no (file|folder|run)\b|are missing|no DIR/)", errors.getvalue())
+    absent = re.search(
+        r"bezoar: .*(no (file|folder|run|such)\b|could not be read under|are missing|no DIR/)",
+        errors.getvalue(),
+    )
     if status == 2 and absent:  # what the command names is the reader's
         return
     assert status in (0, None), (arguments, errors.getvalue())

@@ -97,7 +97,7 @@ SPECS = {  # methods that cannot be written by their name alone
     "table": "table:path=pairs.csv",
     "file": "file:path=trigger.png",
     "several": "several:triggers=(patch:size=3+tint:strength=.1)",
-    "composite": "composite:reference=photo.png",
+    "trigger/composite": "composite:reference=photo.png",
     "mismatch": "mismatch:query=dotted heart",
     "texts": "texts:path=texts.csv",
     "texts_of": "texts_of:data=(scenes:count=500)",
