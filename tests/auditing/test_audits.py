@@ -253,6 +253,17 @@ def test_only_a_backdoor_takes_a_far_smaller_trigger_than_another_direction():
     assert bad.evidence["direction_ratio"].value > 0.6
 
 
+def test_decree_of_vectors_that_are_all_alike_and_of_published_rates_in_a_large_image():
+    encoder = toy_encoder()
+    with torch.no_grad():
+        encoder.image.out.weight.zero_()
+        encoder.image.out.bias.fill_(1)
+    verdict = decree.Decree(restarts=2, steps=60)(encoder, toy_images(), 0)
+    assert abs(verdict.evidence["direction_ratio"].value) < 0.8
+    audit = registry.make("audit", "decree:lr=(0.5,0.1,0.05),until=(200,500),steps=1000")
+    assert audit.recipe(0.9, 224).until == ()
+
+
 def test_collapse_elsewhere_against_its_definition():
     """Images that lie together count, unless they lie near the first direction, seen from the
     centre.

@@ -48,12 +48,14 @@ QUICK: dict[str, Any] = {
     "halvings": 1,
     "wait": 60,
     "lr": (0.2,),
+    "until": (),
     "window": 0.25,
     "cells": 32,
 }
 # The second search: the cosine with the first trigger's direction that is near, that is too near,
 # and the weight of being near in the loss.
 NEAR, TOO_NEAR, NEAR_WEIGHT = 0.5, 0.55, 3.0
+TINY = 1e-6  # a share of the image; an encoder whose vectors are all alike needs no trigger
 DIRECTION_IMAGES = 128  # clean images that the first trigger's direction is the mean of
 QUICK_IMAGES = 64
 QUICKLY = (
@@ -205,7 +207,10 @@ class Decree:
                 other_pl1,
                 "share of the image that the least trigger towards another direction covers",
             ),
-            "direction_ratio": (math.log(other_pl1 / pl1), "log(other_pl1 / pl1)"),
+            "direction_ratio": (
+                math.log(max(other_pl1, TINY) / max(pl1, TINY)),
+                "log(other_pl1 / pl1)",
+            ),
             "restarts_reached": (
                 float(reached.sum()),
                 f"of the {len(reached)} of {triggers.starts.shape[1]} restarts that were not "
