@@ -29,6 +29,7 @@ from bezoar.cli import main
 
 SECONDS = 20
 MEMORY = 2 << 30  # bytes beyond what the idle process holds
+LOOKS = 3  # at its memory in a row, 20 ms apart, before a process counts as too large
 LINES = 3  # that a refusal may take
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -93,13 +94,15 @@ def run(mutant: Mutant, folder: Path, idle: int) -> list[str]:
             sys.stderr.flush()
             os._exit(status)
     broken: list[str] = []
+    too_large = 0  # looks in a row; a process that is being forked counts twice for a moment
     while True:
         ended, raw = os.waitpid(child, os.WNOHANG)
         if ended:
             break
+        too_large = too_large + 1 if resident(child) - idle > MEMORY else 0
         if time.monotonic() - start > SECONDS:
             broken.append(f"over {SECONDS} s")
-        elif resident(child) - idle > MEMORY:
+        elif too_large >= LOOKS:
             broken.append(f"over {MEMORY >> 20} MiB")
         if broken:
             os.killpg(child, signal.SIGKILL)
