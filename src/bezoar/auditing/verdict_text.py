@@ -84,9 +84,9 @@ def overall_verdict(audits: Sequence[Mapping[str, Any]], rate: float) -> tuple[W
 
 
 def is_weak_alone(audit: Mapping[str, Any], audits: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an audit's evidence is some evidence of a direction alone, where classes were told.
+    """Whether an audit has some evidence of a direction alone, where classes could be compared.
 
-    A clean encoder gets as much now and then, and the search for classes sees what it sees.
+    A clean encoder gets as much now and then, and a comparison of classes tells more.
     """
     if audit["unaided"]["grade"] != "some evidence" or audit["notes"]["unaided"] != "direction":
         return False

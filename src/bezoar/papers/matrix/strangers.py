@@ -34,7 +34,7 @@ LINE, RING = "line:seed={seed}", "ring:width=2,margin=4,seed={seed}"
 FILTER = "filter:preset=kelvin"
 STICKER, STRIPES = "sticker:size=0.25,place=.7/.7,seed={seed}", "shape:form=stripes,seed={seed}"
 SOME, STRONG = GRADE_NUMBERS["some evidence"], GRADE_NUMBERS["strong evidence"]
-AUDITS = ("cleanse", "image_change")  # the default audits that give a verdict without a bank
+AUDITS = ("cleanse", "image_change")  # the default audits that compare classes, without a bank
 MARGIN = 4  # pixels: augmentation moves images by as much, and must not move a patch out of them
 TEST = 100  # first seed of the test encoders; that of the development encoders was 0
 
@@ -122,7 +122,7 @@ class EncoderFamily:
         return self.train(data, seed)
 
     def audit(self, encoder: Trial) -> Trial:
-        """The default audits that give a verdict without a bank, and none of a bank."""
+        """The default audits that compare classes, without a bank."""
         return Trial(Audit(encoder, self.test, AUDITS, bank=()), 0)
 
     def evaluate(self, encoder: Trial) -> Trial:
@@ -140,8 +140,8 @@ class Strangers:
         if len(families) > 1:
             rows.append(family_row(None, families))
         note = (
-            f"By {' and '.join(f'`{name}`' for name in AUDITS)}, the default audits that give a "
-            "verdict without a bank. Of `found` (attacked) and `accused` (clean) encoders the "
+            f"By {' and '.join(f'`{name}`' for name in AUDITS)}, the default audits that compare "
+            "an encoder's classes. Of `found` (attacked) and `accused` (clean) encoders the "
             "worse of the two words is some or strong evidence. ASR of the attacked ones."
         )
         return Table(title="Strangers", axis="encoders", rows=tuple(rows), notes=(note,))
