@@ -1,9 +1,10 @@
 """A verdict without a bank: what one encoder and clean images say by themselves.
 
 An audit that inverts a trigger for every class has a null of its own, the harmless classes: a
-backdoor's class stands apart from them. So does a backdoor's direction from others. The statistic is how far, and how surely; the three words
-are ranges of it, set on four clean and five attacked development encoders. How often each errs is
-for encoders to say that set nothing (`papers/matrix/strangers`).
+backdoor's class stands apart from them. So does a backdoor's direction from others. The statistic
+is how far, and how surely; the three words are ranges of it, set on four clean and five attacked
+development encoders. How often each errs is for encoders to say that set nothing
+(`papers/matrix/strangers`).
 """
 
 import math
