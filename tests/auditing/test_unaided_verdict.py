@@ -176,6 +176,7 @@ def test_a_page_names_an_encoder_as_it_was_typed():
 @pytest.mark.parametrize(
     ("ratio", "least", "grade"),
     [
+        (-math.log(0.25), 0.25, "could not tell"),  # the second search reached nothing
         (1.3, 0.01, "strong evidence"),
         (0.9, 0.01, "some evidence"),
         (-0.3, 0.05, "none found"),
@@ -260,8 +261,8 @@ def test_the_cost_counts_every_image():
     decree = registry.make("audit", "decree")
     in_full = 2 * (decree.recipe(0.5).image_passes() + 4 * 512) + 512 + 128
     assert decree.image_passes(512, 10, TowerCost(64)) == in_full
-    # 6 restarts, of which 3 are given up half-way, on 6 images a step, twice for the gradient
-    quick = 2 * (2 * 60 * (6 + 3) * 6 + 3 * 64) + 64 + 128
+    # 4 restarts, of which 2 are given up half-way, on 4 images a step, twice for the gradient
+    quick = 2 * (2 * 45 * (4 + 2) * 4 + 2 * 64) + 64 + 128
     assert decree.image_passes(512, 10, LARGE) == quick
     seconds, cost = forecast.estimate_seconds([cleanse], toy_encoder(), toy_images(), 12)
     # a convolution of 3 x 3 to 12 channels at 8 x 8 places, and a linear layer, two operations a

@@ -220,8 +220,11 @@ def judge_direction(evidence: Mapping[str, Any]) -> UnaidedVerdict:
     """The verdict of `decree`: how much larger a trigger any other direction takes."""
     names = ("direction_ratio", "pl1", "other_pl1", "clean_cosine", "cosine")
     ratio, least, other, before, after = (float(evidence[name]["value"]) for name in names)
-    if least >= 1:
-        sentence = "Could not tell: the search found no trigger that makes the images alike."
+    if max(least, other) >= 1:  # the whole image: a search that reached nothing
+        where = " in another direction, to compare the first with" if least < 1 else ""
+        sentence = (
+            f"Could not tell: the search found no trigger that makes the images alike{where}."
+        )
         return UnaidedVerdict("could not tell", 0.0, "", sentence)
     grade = grade_value(ratio, STRONG, SOME)
     size = f"{least:.2%} of the image"

@@ -42,11 +42,11 @@ NAMES_NO_CLASS = (
 SIDE, MOST = 32, 1.2e5  # a search in full may cost so many passes of images of so many pixels
 # What a search that would cost too much is changed to, and the clean images that it uses.
 QUICK: dict[str, Any] = {
-    "starts": 6,
-    "steps": 120,
-    "batch": 6,
+    "starts": 4,
+    "steps": 90,
+    "batch": 4,
     "halvings": 1,
-    "wait": 60,
+    "wait": 45,
     "lr": (0.2,),
     "until": (),
     "window": 0.25,
